@@ -1,0 +1,73 @@
+"""The exceptions a user sees. Floor 1: imports nothing of kgray.
+
+``UserError`` and its kinds are told in one message without a traceback (exit status 2); everything else is a
+failure of ours and keeps its traceback (exit status 1).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class KgrayError(Exception):
+    """Base of all errors raised on purpose by kgray."""
+
+
+class UserError(KgrayError):
+    """Something the user can put right: the message says where, what was found, and what would be right."""
+
+
+class ConfigError(UserError, ValueError):
+    """A configuration key holds something it may not.
+
+    Components raise it with a key relative to themselves (``batch_size``); the loader puts the section in front.
+    """
+
+    def __init__(self, key: str, value: Any = None, expected: str = "", *, problem: str = "") -> None:
+        self.key = key
+        self.value = value
+        self.expected = expected
+        self.problem = problem
+        super().__init__(key, value, expected, problem)
+
+    def under(self, prefix: str) -> ConfigError:
+        """The same error seen from one level up."""
+        key = f"{prefix}.{self.key}" if self.key else prefix
+        return ConfigError(key, self.value, self.expected, problem=self.problem)
+
+    def __str__(self) -> str:
+        what = self.problem or f"has the value {self.value!r}"
+        tail = f"; expected {self.expected}" if self.expected else ""
+        return f"configuration key '{self.key}' {what}{tail}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions cross process borders inside Ray; the keyword argument would be lost by the default pickling.
+        return (_rebuild_config_error, (self.key, self.value, self.expected, self.problem))
+
+
+def _rebuild_config_error(key: str, value: Any, expected: str, problem: str) -> ConfigError:
+    return ConfigError(key, value, expected, problem=problem)
+
+
+class DataError(UserError):
+    """Input data is wrong: the message names file and line (or row), the value, and what would be right."""
+
+
+class EncoderError(UserError):
+    """A text encoder cannot be found or is not what it claims to be."""
+
+
+class StorageError(UserError):
+    """The storage refused: full disk, missing rights, unreachable."""
+
+
+class TrainingError(UserError):
+    """Training cannot go on, by data or configuration: a non-finite loss, too few resources."""
+
+
+class ArtifactError(KgrayError):
+    """An artifact is missing, incomplete or damaged."""
+
+
+class NonFiniteError(KgrayError):
+    """A score is NaN or infinite; ranking it would look like a perfect or random answer."""
