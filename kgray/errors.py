@@ -23,30 +23,60 @@ class ConfigError(UserError, ValueError):
     Components raise it with a key relative to themselves (``batch_size``); the loader puts the section in front.
     """
 
-    def __init__(self, key: str, value: Any = None, expected: str = "", *, problem: str = "") -> None:
+    def __init__(
+        self, key: str, value: Any = None, expected: str = "", *, problem: str = "", where: str = ""
+    ) -> None:
         self.key = key
         self.value = value
         self.expected = expected
         self.problem = problem
-        super().__init__(key, value, expected, problem)
+        self.where = where
+        super().__init__(key, value, expected, problem, where)
 
     def under(self, prefix: str) -> ConfigError:
         """The same error seen from one level up."""
         key = f"{prefix}.{self.key}" if self.key else prefix
-        return ConfigError(key, self.value, self.expected, problem=self.problem)
+        return ConfigError(key, self.value, self.expected, problem=self.problem, where=self.where)
+
+    def at(self, where: str) -> ConfigError:
+        """The same error, told with the place (``file:line``) the key stands in, unless it has one already."""
+        return ConfigError(
+            self.key, self.value, self.expected, problem=self.problem, where=self.where or where
+        )
 
     def __str__(self) -> str:
-        what = self.problem or f"has the value {self.value!r}"
+        value = (
+            f"{self.value:.60s}..." if isinstance(self.value, str) and len(self.value) > 60 else self.value
+        )
+        shown = "null" if value is None else repr(value)
+        what = self.problem or f"has the value {shown}"
         tail = f"; expected {self.expected}" if self.expected else ""
-        return f"configuration key '{self.key}' {what}{tail}"
+        at = f"{self.where}: " if self.where else ""
+        return f"{at}configuration key '{self.key}' {what}{tail}"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Exceptions cross process borders inside Ray; the keyword argument would be lost by the default pickling.
-        return (_rebuild_config_error, (self.key, self.value, self.expected, self.problem))
+        # Exceptions cross process borders inside Ray; the keyword arguments would be lost by the default pickling.
+        return (_rebuild_config_error, (self.key, self.value, self.expected, self.problem, self.where))
 
 
-def _rebuild_config_error(key: str, value: Any, expected: str, problem: str) -> ConfigError:
-    return ConfigError(key, value, expected, problem=problem)
+def _rebuild_config_error(key: str, value: Any, expected: str, problem: str, where: str) -> ConfigError:
+    return ConfigError(key, value, expected, problem=problem, where=where)
+
+
+class ConfigFileError(ConfigError):
+    """A configuration file is at fault as a whole: missing, not UTF-8, not YAML, a key given twice."""
+
+    def __init__(self, where: str, problem: str) -> None:
+        super().__init__("", problem=problem, where=where)
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.problem}"
+
+    def at(self, where: str) -> ConfigError:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (ConfigFileError, (self.where, self.problem))
 
 
 class DataError(UserError):
@@ -67,6 +97,10 @@ class TrainingError(UserError):
 
 class ArtifactError(KgrayError):
     """An artifact is missing, incomplete or damaged."""
+
+
+class ArtifactNotFoundError(ArtifactError, UserError):
+    """No artifact answers to the version or place the user gave, or more than one does."""
 
 
 class NonFiniteError(KgrayError):

@@ -1,0 +1,281 @@
+"""The text side of the configuration: YAML with line numbers, overrides, environment, and showing it. Floor 2.
+
+Scalars are read as in YAML 1.2, so that ``1e-3`` is a number, ``on`` is a word and ``2020-01-01`` is text; whole
+numbers may carry underscores (``1_000_000``).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from kgray.config import EnvText, PathMark, description
+from kgray.errors import ConfigError, ConfigFileError
+
+_INT = re.compile(r"[-+]?(0|[1-9][0-9]*(_[0-9]+)*)$")
+_HEX = re.compile(r"0x[0-9a-fA-F]+$")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$")
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_VARIABLE = re.compile(r"\$?\$\{([^}]*)\}")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*$")
+
+
+class CommandText(str):
+    """Text given on the command line: a relative path in it is relative to the current directory."""
+
+    __slots__ = ()
+
+
+@dataclass
+class Origin:
+    """Where the settings came from: the file, and the line of each dotted key."""
+
+    path: str
+    lines: dict[str, int] = field(default_factory=dict)
+    overridden: set[str] = field(default_factory=set)
+
+    def where(self, key: str) -> str:
+        """``file:line`` of the key, or of the nearest section around it that the file has."""
+        while True:
+            if key in self.overridden:
+                return "command line"
+            if key in self.lines:
+                return f"{self.path}:{self.lines[key]}"
+            if not key:
+                return self.path
+            key = re.sub(r"(\.[^.\[]*|\[\d+\]|^[^.\[]*)$", "", key)
+
+    def place(self, text: str, mark: PathMark, key: str) -> str:
+        """A path made absolute; URIs, and names where names may stand, are left alone."""
+        text = str(text)
+        if _SCHEME.match(text) or not text:
+            return text
+        here = Path.cwd() if self.where(key) == "command line" else Path(self.path).resolve().parent
+        if text == "~" or text.startswith("~/"):
+            return str(Path(text).expanduser())
+        absolute = os.path.normpath(here / text)
+        if mark.or_name and not text.startswith(("/", ".")) and not Path(absolute).exists():
+            return text
+        return absolute
+
+
+def read_settings(path: str, overrides: Sequence[str]) -> tuple[dict[str, Any], Origin]:
+    """The file's mapping with overrides laid over it and variables expanded, and where each key stands.
+
+    Raises ConfigError (ConfigFileError where the file as a whole is at fault).
+    """
+    origin = Origin(path)
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigFileError(path, "no such configuration file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigFileError(path, f"not UTF-8 (byte {error.start}: {error.reason})") from None
+    except OSError as error:
+        raise ConfigFileError(path, f"cannot be read: {error.strerror}") from None
+    raw = parse_yaml(text, path, origin.lines)
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, dict):
+        raise ConfigFileError(path, "must hold keys and values (section: ...) at the top level")
+    for override in overrides:
+        _override(raw, override, origin)
+    return {key: _expand(value, key, origin) for key, value in raw.items()}, origin
+
+
+def parse_yaml(text: str, path: str, lines: dict[str, int] | None = None) -> Any:
+    """YAML text as plain values; ``lines`` is filled with the line of each dotted key.
+
+    Raises ConfigFileError with file and line: bad syntax, a key given twice, a key that is not text.
+    """
+    import yaml
+
+    try:
+        loader = _loader()(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            _check_keys(node, "", path, {} if lines is None else lines)
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        at = f"{path}:{mark.line + 1}" if mark else path
+        raise ConfigFileError(at, f"bad YAML: {error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise ConfigFileError(path, "bad YAML: " + " ".join(str(error).split())) from None
+
+
+def parse_scalar(text: str) -> Any:
+    """Plain text as YAML 1.2 reads a plain scalar."""
+    if text in ("", "~", "null", "Null", "NULL"):
+        return None
+    if text in ("true", "True", "TRUE", "false", "False", "FALSE"):
+        return text.lower() == "true"
+    if _INT.match(text):
+        return int(text.replace("_", ""))
+    if _HEX.match(text):
+        return int(text, 16)
+    if _FLOAT.match(text):
+        return float(text)
+    if text.lower() in (".inf", "+.inf", "-.inf", ".nan"):
+        return float(text.lower().replace(".", "", 1))
+    return str(text)
+
+
+@lru_cache(maxsize=1)
+def _loader() -> Any:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """SafeLoader with the scalars of YAML 1.2."""
+
+        yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012  (the base class wants a class attribute)
+
+    plain = "tag:kgray,2026:plain"
+    Loader.yaml_implicit_resolvers = {None: [(plain, re.compile(r"(?s).*"))]}
+    Loader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile(r"^<<$"), ["<"])
+    Loader.add_constructor(plain, lambda loader, node: parse_scalar(loader.construct_scalar(node)))
+    return Loader
+
+
+def _check_keys(node: Any, prefix: str, path: str, lines: dict[str, int]) -> None:
+    import yaml
+
+    if isinstance(node, yaml.SequenceNode):
+        for n, item in enumerate(node.value):
+            lines[f"{prefix}[{n}]"] = item.start_mark.line + 1
+            _check_keys(item, f"{prefix}[{n}]", path, lines)
+    if not isinstance(node, yaml.MappingNode):
+        return
+    seen: dict[str, int] = {}
+    for key_node, value_node in node.value:
+        line = key_node.start_mark.line + 1
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise ConfigFileError(f"{path}:{line}", "a key must be text")
+        name = key_node.value
+        if name == "<<":
+            continue
+        key = f"{prefix}.{name}" if prefix else name
+        if name in seen:
+            raise ConfigFileError(
+                f"{path}:{line}", f"key '{key}' is given twice (first in line {seen[name]})"
+            )
+        seen[name] = line
+        lines[key] = line
+        # Keys are names whatever they look like: `1: x` is the key "1".
+        key_node.tag = "tag:yaml.org,2002:str"
+        _check_keys(value_node, key, path, lines)
+
+
+def _override(raw: dict[str, Any], override: str, origin: Origin) -> None:
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    if not equals or not key or not all(key.split(".")):
+        raise ConfigError(
+            key or override, problem=f"is no override: {override!r}", expected="dotted.key=value"
+        ).at("command line")
+    try:
+        value = parse_yaml(text, "command line")
+    except ConfigFileError:
+        if text.lstrip().startswith(("[", "{", '"', "'")):
+            raise ConfigError(key, text, "a YAML value (quote texts, close brackets)").at(
+                "command line"
+            ) from None
+        value = text  # such as the glob *.tsv, which YAML takes for an alias
+    *sections, last = key.split(".")
+    target = raw
+    for depth, name in enumerate(sections, start=1):
+        below = target.get(name)
+        if isinstance(below, list):
+            whole = ".".join(sections[:depth])
+            raise ConfigError(
+                key, problem="reaches into a list", expected=f"the whole list, {whole}=[...]"
+            ).at("command line")
+        if not isinstance(below, dict):
+            below = target[name] = {}
+        target = below
+    target[last] = value
+    for known in [k for k in origin.lines if k == key or k.startswith((key + ".", key + "["))]:
+        del origin.lines[known]
+    origin.overridden.add(key)
+
+
+def _expand(value: Any, key: str, origin: Origin) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _expand(item, f"{key}.{name}", origin) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_expand(item, f"{key}[{n}]", origin) for n, item in enumerate(value)]
+    if not isinstance(value, str) or "${" not in value:
+        return value
+
+    def replace(match: re.Match[str]) -> str:
+        if match.group(0).startswith("$$"):
+            return match.group(0)[1:]
+        name, has_default, default = match.group(1).partition(":-")
+        if not _NAME.match(name):
+            raise ConfigError(key, value, "${VARIABLE} or ${VARIABLE:-default}").at(origin.where(key))
+        found = os.environ.get(name)
+        if found or (found is not None and not has_default):
+            return found
+        if has_default:
+            return default
+        raise ConfigError(
+            key,
+            problem=f"needs the environment variable {name}, which is not set",
+            expected=f"it set, or a default: ${{{name}:-...}}",
+        ).at(origin.where(key))
+
+    return EnvText(_VARIABLE.sub(replace, value))
+
+
+def show(config: Any) -> str:
+    """A configuration as commented YAML that reads back to an equal one."""
+    return "\n".join(_show_section(config, 0)) + "\n"
+
+
+def _show_section(config: Any, depth: int) -> list[str]:
+    pad = "  " * depth
+    lines: list[str] = []
+    for f in fields(config):
+        if depth == 0 and lines:
+            lines.append("")
+        width = max(40, 100 - len(pad))
+        lines += [f"{pad}# {line}" for line in textwrap.wrap(" ".join(description(f).split()), width)]
+        lines += _show_entry(f.name, getattr(config, f.name), depth)
+    return lines or [pad + "{}"]
+
+
+def _show_entry(name: str, value: Any, depth: int) -> list[str]:
+    pad = "  " * depth
+    if is_dataclass(value) and fields(value):
+        return [f"{pad}{_text(name)}:", *_show_section(value, depth + 1)]
+    return [f"{pad}{_text(name)}: {_flow(value)}"]
+
+
+def _flow(value: Any) -> str:
+    if is_dataclass(value) and not isinstance(value, type):
+        value = {f.name: getattr(value, f.name) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_text(str(k))}: {_flow(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_flow(item) for item in value) + "]"
+    if isinstance(value, str):
+        return _text(value.replace("${", "$${"))
+    return json.dumps(value)
+
+
+def _text(text: str) -> str:
+    """Text as YAML: bare where it cannot be taken for anything else, else in JSON quotes."""
+    if re.fullmatch(r"[A-Za-z_/.][A-Za-z0-9_/.+@-]*", text) and parse_scalar(text) == text:
+        return text
+    return json.dumps(text, ensure_ascii=True)
