@@ -1,0 +1,94 @@
+"""The graph in memory, as read from a ``graph`` artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+
+from kgray.artifact import Artifact
+from kgray.errors import ArtifactError
+from kgray.graph.filter_index import FilterIndex
+from kgray.graph.neighbours import Int64, NeighbourIndex
+
+SPLITS = ("train", "valid", "test")
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Triples by split and the names of what they are about.
+
+    triples: for each split (n, 3) int64 of head, relation, tail.
+    entity_ids, entity_names: pyarrow string arrays of N entries in dense-id order; relations alike.
+    """
+
+    num_entities: int
+    num_relations: int
+    triples: Mapping[str, Int64]
+    entity_ids: pa.ChunkedArray = field(repr=False)
+    entity_names: pa.ChunkedArray = field(repr=False)
+    relation_ids: pa.ChunkedArray = field(repr=False)
+    relation_names: pa.ChunkedArray = field(repr=False)
+    version: str = ""
+
+    @classmethod
+    def load(cls, artifact: Artifact) -> Graph:
+        """Read a ``graph`` artifact; raises ArtifactError when it is of another kind or its ids are not dense."""
+        if artifact.kind != "graph":
+            raise ArtifactError(f"{artifact.uri} is a {artifact.kind}, not a graph")
+        columns = ["id", "external_id", "name"]
+        entities = artifact.read_table("entities", columns=columns)
+        relations = artifact.read_table("relations.parquet", columns=columns)
+        for what, table in (("entities", entities), ("relations", relations)):
+            if not np.array_equal(table["id"].to_numpy(), np.arange(len(table))):
+                raise ArtifactError(f"{artifact.uri}: the ids of {what} are not 0..{len(table) - 1} in order")
+        triples = {}
+        for split in SPLITS:
+            table = artifact.read_table(f"triples/{split}", columns=["head", "relation", "tail"])
+            triples[split] = np.stack(
+                [table[name].to_numpy().astype(np.int64) for name in ("head", "relation", "tail")], axis=1
+            )
+        return cls(
+            num_entities=len(entities),
+            num_relations=len(relations),
+            triples=triples,
+            entity_ids=entities["external_id"],
+            entity_names=entities["name"],
+            relation_ids=relations["external_id"],
+            relation_names=relations["name"],
+            version=artifact.version,
+        )
+
+    @classmethod
+    def from_arrays(
+        cls,
+        triples: Mapping[str, Int64],
+        num_entities: int,
+        num_relations: int,
+        entity_names: Sequence[str] | None = None,
+        relation_names: Sequence[str] | None = None,
+    ) -> Graph:
+        """A graph from (n, 3) arrays by split; missing splits are empty, missing names are the ids."""
+        entities = pa.chunked_array([pa.array([f"e{i}" for i in range(num_entities)], pa.string())])
+        relations = pa.chunked_array([pa.array([f"r{i}" for i in range(num_relations)], pa.string())])
+        full = {s: np.asarray(triples.get(s, ()), dtype=np.int64).reshape(-1, 3) for s in SPLITS}
+        return cls(
+            num_entities=num_entities,
+            num_relations=num_relations,
+            triples=full,
+            entity_ids=entities,
+            entity_names=pa.chunked_array([pa.array(entity_names)]) if entity_names else entities,
+            relation_ids=relations,
+            relation_names=pa.chunked_array([pa.array(relation_names)]) if relation_names else relations,
+        )
+
+    def message_index(self) -> NeighbourIndex:
+        """The edges messages run over: training triples, and never any other split."""
+        return NeighbourIndex.build(self.triples["train"], self.num_entities, self.num_relations)
+
+    def known(self, splits: Sequence[str]) -> FilterIndex:
+        """The facts of the given splits, for filtering ranks or negatives."""
+        rows = np.concatenate([self.triples[s] for s in splits])
+        return FilterIndex.build(rows, self.num_entities, self.num_relations)

@@ -1,0 +1,141 @@
+"""What the model is made of: one choice a slot."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+from kgray.config import configuration, option
+from kgray.errors import ConfigError
+
+Ablation = Literal["text_only", "graph_only"]
+
+
+@configuration
+class TextTowerConfig:
+    """From a language model's vector to the model's space."""
+
+    kind: Literal["frozen", "none"] = option(
+        "frozen", "frozen: a trained projection of the stored text vectors; none: the model sees no text."
+    )
+    hidden: int = option(512, "Width of the projection's hidden layer; 0 makes it one linear map.")
+    dropout: float = option(0.1, "Dropout inside the projection.")
+
+    def __post_init__(self) -> None:
+        _fraction("dropout", self.dropout)
+        if self.hidden < 0:
+            raise ConfigError("hidden", self.hidden, "a width, or 0 for a linear map")
+
+
+@configuration
+class StructureConfig:
+    """A learned vector an entity."""
+
+    kind: Literal["embedding", "none"] = option(
+        "embedding", "embedding: one trained vector an entity; none: entities are known by text and neighbours only."
+    )
+    drop: float = option(
+        0.1, "Share of entities whose vector is withheld in a step, so that the model learns to do without it."
+    )
+    init_scale: float = option(0.02, "Standard deviation of the initial vectors.")
+
+    def __post_init__(self) -> None:
+        _fraction("drop", self.drop)
+        _positive("init_scale", self.init_scale)
+
+
+@configuration
+class GnnConfig:
+    """Messages from sampled neighbours."""
+
+    kind: str = option("attention", "Convolution: none, attention, gat, gcn, gin, rgcn, sage.")
+    composition: Literal["multiply", "subtract", "add"] = option(
+        "multiply", "How a neighbour and the relation to it become one message (CompGCN); rgcn has its own way."
+    )
+    fanouts: tuple[int, ...] = option((10,), "Neighbours drawn an entity, a number a layer, nearest hop first; -1: all.")
+    inference_fanouts: tuple[int, ...] = option(
+        (64,), "The same when states are computed for ranking and serving; drawn once, with a fixed seed."
+    )
+    heads: int = option(4, "Attention heads (attention, gat).")
+    dropout: float = option(0.1, "Dropout of messages and attention.")
+
+    def __post_init__(self) -> None:
+        _fraction("dropout", self.dropout)
+        _positive("heads", self.heads)
+        for key in ("fanouts", "inference_fanouts"):
+            numbers = getattr(self, key)
+            if not numbers or any(n == 0 or n < -1 for n in numbers):
+                raise ConfigError(key, list(numbers), "positive numbers, or -1 for all neighbours")
+        if len(self.fanouts) != len(self.inference_fanouts):
+            raise ConfigError("inference_fanouts", list(self.inference_fanouts), f"{len(self.fanouts)} numbers, one a layer")
+
+    @property
+    def layers(self) -> int:
+        return 0 if self.kind == "none" else len(self.fanouts)
+
+
+@configuration
+class ObjectiveConfig:
+    """What training asks of the scores."""
+
+    kind: str = option("sampled_softmax", "one_vs_all: softmax over every entity; sampled_softmax: over a sample.")
+    negatives: int = option(2048, "sampled_softmax: uniform negatives a step, besides the batch's own entities.")
+    label_smoothing: float = option(0.0, "Probability spread over all candidates.")
+    relation_weight: float = option(
+        0.1, "Weight of predicting the relation of (head, ?, tail) besides the entity (Chen et al. 2021); 0 is off."
+    )
+    n3: float = option(0.0, "Weight of the nuclear 3-norm of the vectors that meet in the decoder (Lacroix et al. 2018).")
+
+    def __post_init__(self) -> None:
+        _fraction("label_smoothing", self.label_smoothing)
+        for key in ("relation_weight", "n3"):
+            if getattr(self, key) < 0:
+                raise ConfigError(key, getattr(self, key), "a weight of 0 or more")
+        if self.negatives < 0:
+            raise ConfigError("negatives", self.negatives, "a number of entities, 0 or more")
+
+
+@configuration
+class ModelConfig:
+    """Slots of the fused model."""
+
+    dim: int = option(256, "Width of entity states and relation vectors.")
+    text: TextTowerConfig = option(TextTowerConfig, "Text tower.")
+    structure: StructureConfig = option(StructureConfig, "Structural vectors.")
+    fusion: str = option("gated", "How text and structure become one vector: concat, gated, weighted.")
+    gnn: GnnConfig = option(GnnConfig, "Graph network.")
+    decoder: str = option("complex", "How query and candidate meet: complex, distmult.")
+    dropout: float = option(0.1, "Dropout of entity states and queries.")
+    objective: ObjectiveConfig = option(ObjectiveConfig, "Training objective.")
+
+    def __post_init__(self) -> None:
+        _fraction("dropout", self.dropout)
+        if self.dim < 2 or self.dim % 2:
+            raise ConfigError("dim", self.dim, "an even number")
+        if self.gnn.kind != "none" and self.dim % self.gnn.heads:
+            raise ConfigError("gnn.heads", self.gnn.heads, f"a divisor of dim ({self.dim})")
+        if self.text.kind == "none" and self.structure.kind == "none":
+            raise ConfigError("structure.kind", "none", "'embedding', as text.kind is none too: nothing would tell entities apart")
+
+
+def ablation(config: ModelConfig, which: Ablation) -> ModelConfig:
+    """The same model without its graph side (text_only) or without its text side (graph_only)."""
+    if which == "text_only":
+        return replace(
+            config, structure=replace(config.structure, kind="none"), gnn=replace(config.gnn, kind="none")
+        )
+    return replace(
+        config,
+        text=replace(config.text, kind="none"),
+        structure=replace(config.structure, kind="embedding", drop=0.0),
+    )
+
+
+def _fraction(key: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise ConfigError(key, value, "a number from 0 up to, but not including, 1")
+
+
+def _positive(key: str, value: float) -> None:
+    if value <= 0:
+        raise ConfigError(key, value, "a number above 0")

@@ -1,0 +1,128 @@
+"""Graph networks over sampled blocks, H_e = GNN(S, neighbourhood of e).
+
+A message is made of the neighbour's state and the vector of the relation it comes over (the composition of CompGCN,
+Vashishth et al. 2020); torch-geometric's convolutions then gather the messages. Because a composed message belongs
+to one edge, an edge is handed to the convolution as a source node of its own: that makes every bipartite convolution
+relation-aware, with relations as an integer column and not as edge types.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch_geometric.nn import GATv2Conv, GINConv, GraphConv, RGCNConv, SAGEConv, TransformerConv
+from torch_geometric.utils import degree
+
+from kgray.model.config import GnnConfig
+from kgray.model.registry import Registry
+
+LayerFactory = Callable[[GnnConfig, int, int], nn.Module]
+GNNS: Registry[LayerFactory] = Registry("model.gnn.kind")
+
+
+@torch.no_grad()
+def _mean_scale(target: Tensor, size: int) -> Tensor:
+    """(E,) weights 1 / sqrt(in-degree of the target)."""
+    return degree(target, size).clamp(min=1).rsqrt()[target]
+
+
+class ComposedConv(nn.Module):
+    """A torch-geometric convolution over composed messages.
+
+    conv: takes ((messages, targets), edge_index[, edge_weight]) and gives (targets, d).
+    """
+
+    def __init__(self, conv: nn.Module, composition: str, *, normalised: bool = False) -> None:
+        super().__init__()
+        self.conv = conv
+        self.composition = composition
+        self.normalised = normalised
+
+    def forward(self, x: Tensor, targets: int, source: Tensor, target: Tensor, relation: Tensor, z: Tensor) -> Tensor:
+        neighbours, relations = x[source], z[relation]
+        if self.composition == "multiply":
+            messages = neighbours * relations
+        elif self.composition == "subtract":
+            messages = neighbours - relations
+        else:
+            messages = neighbours + relations
+        edges = torch.stack([torch.arange(len(target), device=target.device), target])
+        pair = (messages, x[:targets])
+        if self.normalised:
+            weight = _mean_scale(target, targets).to(messages.dtype)
+            return self.conv(pair, edges, weight)  # type: ignore[no-any-return]
+        return self.conv(pair, edges)  # type: ignore[no-any-return]
+
+
+class RelationalConv(nn.Module):
+    """R-GCN (Schlichtkrull et al. 2018): a matrix a relation, as a mixture of a few bases."""
+
+    def __init__(self, dim: int, num_relations: int) -> None:
+        super().__init__()
+        self.conv = RGCNConv((dim, dim), dim, num_relations, num_bases=min(8, num_relations))
+
+    def forward(self, x: Tensor, targets: int, source: Tensor, target: Tensor, relation: Tensor, z: Tensor) -> Tensor:
+        return self.conv((x, x[:targets]), torch.stack([source, target]), relation)  # type: ignore[no-any-return]
+
+
+@GNNS.register("attention")
+def _attention(config: GnnConfig, dim: int, num_relations: int) -> nn.Module:
+    """Ego-graph attention: dot-product attention of an entity over its composed neighbours (Shi et al. 2021)."""
+    conv = TransformerConv((dim, dim), dim // config.heads, heads=config.heads, dropout=config.dropout, root_weight=False)
+    return ComposedConv(conv, config.composition)
+
+
+@GNNS.register("gat")
+def _gat(config: GnnConfig, dim: int, num_relations: int) -> nn.Module:
+    """GATv2 (Brody et al. 2022)."""
+    conv = GATv2Conv(
+        (dim, dim), dim // config.heads, heads=config.heads, dropout=config.dropout, add_self_loops=False
+    )
+    return ComposedConv(conv, config.composition)
+
+
+@GNNS.register("sage")
+def _sage(config: GnnConfig, dim: int, num_relations: int) -> nn.Module:
+    """GraphSAGE, mean of neighbours (Hamilton et al. 2017)."""
+    return ComposedConv(SAGEConv((dim, dim), dim, root_weight=False), config.composition)
+
+
+@GNNS.register("gcn")
+def _gcn(config: GnnConfig, dim: int, num_relations: int) -> nn.Module:
+    """GCN (Kipf & Welling 2017), normalised by the target's degree in the block."""
+    return ComposedConv(GraphConv((dim, dim), dim, aggr="add"), config.composition, normalised=True)
+
+
+@GNNS.register("gin")
+def _gin(config: GnnConfig, dim: int, num_relations: int) -> nn.Module:
+    """GIN (Xu et al. 2019): a perceptron over the sum of neighbours."""
+    mlp = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
+    return ComposedConv(GINConv(mlp), config.composition)
+
+
+@GNNS.register("rgcn")
+def _rgcn(config: GnnConfig, dim: int, num_relations: int) -> nn.Module:
+    return RelationalConv(dim, num_relations)
+
+
+class GraphNetwork(nn.Module):
+    """Layers of one convolution kind, each with a residual connection and layer normalisation."""
+
+    def __init__(self, config: GnnConfig, dim: int, num_relations: int) -> None:
+        super().__init__()
+        make = GNNS.get(config.kind)
+        self.layers = nn.ModuleList(make(config, dim, num_relations) for _ in range(config.layers))
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(config.layers))
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, blocks: list[tuple[int, Tensor, Tensor, Tensor]], z: Tensor) -> Tensor:
+        """x (n, d) states of the outermost block's nodes -> states of the innermost block's targets.
+
+        blocks: (number of targets, source, target, relation) from the outermost hop inward.
+        z: (2R, d) relation vectors.
+        """
+        for layer, norm, (targets, source, target, relation) in zip(self.layers, self.norms, blocks, strict=True):
+            x = x[:targets] + self.dropout(norm(layer(x, targets, source, target, relation, z)))
+        return x

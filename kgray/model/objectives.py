@@ -1,0 +1,82 @@
+"""What training asks of the scores. Entity objectives differ only in their candidates and share one softmax."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from kgray.model.config import ObjectiveConfig
+from kgray.model.fused import FusedModel, Neighbourhood
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step's queries, forward and reciprocal, with their candidates.
+
+    neighbourhood: of the u seed entities, which are also the candidates.
+    head, tail: (q,) positions among the seeds; relation: (q,) int64 in 0..2R-1.
+    known_query, known_candidate: (m,) positions of training answers other than the gold one: no negatives.
+    log_inclusion: (u,) float32 log probability of an entity to be among the candidates, or None when all are.
+    """
+
+    neighbourhood: Neighbourhood
+    head: Tensor
+    relation: Tensor
+    tail: Tensor
+    known_query: Tensor
+    known_candidate: Tensor
+    log_inclusion: Tensor | None
+
+    def to(self, device: torch.device) -> Batch:
+        moved = [getattr(self, name) for name in ("head", "relation", "tail", "known_query", "known_candidate")]
+        inclusion = None if self.log_inclusion is None else self.log_inclusion.to(device)
+        return Batch(self.neighbourhood.to(device), *(t.to(device) for t in moved), inclusion)
+
+
+def batch_loss(model: FusedModel, batch: Batch, config: ObjectiveConfig) -> tuple[Tensor, dict[str, Tensor]]:
+    """The mean loss over the batch's queries, and its parts for the log."""
+    states = model.encode(batch.neighbourhood)
+    vectors = model.relation_vectors()
+    heads, tails, relations = states[batch.head], states[batch.tail], vectors[batch.relation]
+    scores = (model.dropout(model.query(heads, relations)) @ states.T).float()
+    entity = entity_loss(scores, batch, config.label_smoothing)
+    loss, parts = entity, {"entity": entity.detach()}
+    if config.relation_weight:
+        relation = relation_loss(model, heads, tails, vectors, batch.relation)
+        loss = loss + config.relation_weight * relation
+        parts["relation"] = relation.detach()
+    if config.n3:
+        cubes = [model.decoder.moduli(v.float()).pow(3).sum() for v in (heads, relations, tails)]
+        n3 = torch.stack(cubes).sum() / len(heads)
+        loss = loss + config.n3 * n3
+        parts["n3"] = n3.detach()
+    return loss, parts
+
+
+def entity_loss(scores: Tensor, batch: Batch, label_smoothing: float) -> Tensor:
+    """Softmax cross-entropy over (q, u) float32 scores, training answers other than the gold one masked.
+
+    Sampled candidates are corrected for how likely each was to be drawn (Bengio & Senecal 2008): without it, hubs,
+    which are often in the batch, would be pushed down below what the full softmax gives them.
+    """
+    if batch.log_inclusion is not None:
+        scores = scores - batch.log_inclusion
+    scores = scores.index_put((batch.known_query, batch.known_candidate), scores.new_tensor(float("-inf")))
+    log_p = scores.log_softmax(dim=1)
+    gold = log_p.gather(1, batch.tail[:, None]).squeeze(1)
+    if not label_smoothing:
+        return -gold.mean()
+    finite = log_p.masked_fill(log_p.isinf(), 0.0)
+    spread = finite.sum(dim=1) / log_p.isfinite().sum(dim=1)
+    return -((1 - label_smoothing) * gold + label_smoothing * spread).mean()
+
+
+def relation_loss(model: FusedModel, heads: Tensor, tails: Tensor, vectors: Tensor, relation: Tensor) -> Tensor:
+    """Cross-entropy of the relation of each pair among those of its direction (Chen et al. 2021)."""
+    scores = model.relation_scores(heads, tails, vectors).float()
+    reciprocal = torch.arange(len(vectors), device=scores.device) >= model.num_relations
+    other_way = reciprocal[None, :] != (relation >= model.num_relations)[:, None]
+    return F.cross_entropy(scores.masked_fill(other_way, float("-inf")), relation)

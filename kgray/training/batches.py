@@ -1,0 +1,148 @@
+"""Steps of training: which triples, which candidates, which neighbours.
+
+Everything is drawn from (seed, epoch, step, rank), so any step of any run can be made again on its own: that is what
+the sampler position in a checkpoint means.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from kgray.graph.filter_index import FilterIndex
+from kgray.graph.neighbours import Int64, NeighbourIndex
+from kgray.graph.sampler import NeighbourSampler, step_generator
+from kgray.model.config import ModelConfig
+from kgray.model.fused import Neighbourhood
+from kgray.model.objectives import Batch
+
+
+class BatchMaker:
+    """Batches of one worker.
+
+    triples: (T, 3) int64 training triples; index and known are built from the same array.
+    """
+
+    def __init__(
+        self,
+        triples: Int64,
+        index: NeighbourIndex,
+        known: FilterIndex,
+        model: ModelConfig,
+        num_relations: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.triples = triples
+        self.known = known
+        self.config = model
+        self.num_relations = num_relations
+        self.num_entities = index.num_entities
+        self.batch_size, self.seed, self.rank, self.world = batch_size, seed, rank, world
+        self.sampler = NeighbourSampler(index, model.gnn.fanouts) if model.gnn.kind != "none" else None
+        self.one_vs_all = model.objective.kind == "one_vs_all"
+        self.negatives = min(model.objective.negatives, self.num_entities)
+        self._local = np.full(self.num_entities, -1, dtype=np.int64)
+        self._log_inclusion = self._inclusion(index.degrees)
+        self._order: tuple[int, Int64] | None = None
+
+    @property
+    def steps(self) -> int:
+        """Steps an epoch, the same for every rank; the last one may be smaller."""
+        return -(-len(self.triples) // (self.batch_size * self.world))
+
+    def _inclusion(self, degrees: Int64) -> torch.Tensor | None:
+        """(N,) log probability that an entity is among a step's candidates."""
+        if self.one_vs_all:
+            return None
+        touched = np.minimum(degrees / max(len(self.triples), 1), 1.0)
+        absent = (1 - touched) ** self.batch_size * (1 - self.negatives / self.num_entities)
+        return torch.from_numpy(np.log(np.maximum(1 - absent, 1e-9)).astype(np.float32))
+
+    def _positions(self, epoch: int, step: int) -> Int64:
+        """Positions of this rank's triples in the step; every triple is in exactly one batch an epoch."""
+        if self._order is None or self._order[0] != epoch:
+            generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, epoch])))
+            self._order = (epoch, generator.permutation(len(self.triples)))
+        size = self.batch_size * self.world
+        together = self._order[1][step * size : (step + 1) * size]
+        share = np.array_split(together, self.world)[self.rank]
+        # A last step with fewer triples than workers: an empty batch would have no loss, so one is seen twice.
+        return share if len(share) else together[:1]
+
+    def make(self, epoch: int, step: int) -> Batch:
+        """The batch of one step."""
+        generator = step_generator(self.seed, epoch, step, self.rank)
+        positions = self._positions(epoch, step)
+        heads, relations, tails = self.triples[positions].T
+        seeds = self._candidates(heads, tails, generator)
+        blocks = self.sampler.sample(seeds, generator, exclude=positions) if self.sampler else []
+        local = self._local
+        local[seeds] = np.arange(len(seeds))
+        head, tail = local[heads], local[tails]
+        known_query, known_candidate = self._known(heads, relations, tails)
+        local[seeds] = -1
+        return Batch(
+            neighbourhood=Neighbourhood.of(torch.from_numpy(seeds), blocks),
+            head=torch.from_numpy(np.concatenate([head, tail])),
+            relation=torch.from_numpy(np.concatenate([relations, relations + self.num_relations])),
+            tail=torch.from_numpy(np.concatenate([tail, head])),
+            known_query=torch.from_numpy(known_query),
+            known_candidate=torch.from_numpy(known_candidate),
+            log_inclusion=None if self._log_inclusion is None else self._log_inclusion[torch.from_numpy(seeds)],
+        )
+
+    def _candidates(self, heads: Int64, tails: Int64, generator: np.random.Generator) -> Int64:
+        if self.one_vs_all:
+            return np.arange(self.num_entities)
+        negatives = generator.integers(0, self.num_entities, self.negatives)
+        return np.unique(np.concatenate([heads, tails, negatives]))
+
+    def _known(self, heads: Int64, relations: Int64, tails: Int64) -> tuple[Int64, Int64]:
+        """Query rows and candidate columns of training answers other than the gold one."""
+        rows_t, entities_t = self.known.tails(heads, relations)
+        rows_h, entities_h = self.known.heads(relations, tails)
+        other_t, other_h = entities_t != tails[rows_t], entities_h != heads[rows_h]
+        rows = np.concatenate([rows_t[other_t], rows_h[other_h] + len(heads)])
+        columns = self._local[np.concatenate([entities_t[other_t], entities_h[other_h]])]
+        inside = columns >= 0
+        return rows[inside], columns[inside]
+
+    def epoch(self, epoch: int, first_step: int = 0, ahead: int = 2) -> Iterator[Batch]:
+        """Batches from ``first_step`` on, made ``ahead`` of their use by a thread."""
+        ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=ahead)
+        stop = threading.Event()
+
+        def put(item: Batch | BaseException | None) -> None:
+            while not stop.is_set():
+                try:
+                    return ready.put(item, timeout=0.1)
+                except queue.Full:
+                    continue
+
+        def produce() -> None:
+            try:
+                for step in range(first_step, self.steps):
+                    if stop.is_set():
+                        return
+                    put(self.make(epoch, step))
+                put(None)
+            except BaseException as error:  # handed to the consumer, who raises it
+                put(error)
+
+        thread = threading.Thread(target=produce, daemon=True, name="kgray-batches")
+        thread.start()
+        try:
+            while (item := ready.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            stop.set()
+            thread.join()
