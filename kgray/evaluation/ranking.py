@@ -180,7 +180,7 @@ def rank_scores(
     """Optimistic rank, pessimistic rank, true score, number of candidates of each row of a score matrix.
 
     ``scores`` (B, C) floating, compared as float32, not changed; ``gold`` (B,) int64 the true column of each
-    row; ``left_out`` = (rows, columns) known answers, each pair once; the true one may be among them and stays.
+    row; ``left_out`` = (rows, columns) known answers, each pair once; the true one may be there and stays.
     Raises NonFiniteScoreError. Ties after Sun et al. 2020, "A re-evaluation of knowledge graph completion
     methods".
     """

@@ -107,7 +107,7 @@ class FilterIndex:
         )
 
     def tails(self, heads: npt.ArrayLike, relations: npt.ArrayLike) -> tuple[Ints, Ints]:
-        """Known tails of B queries ``(head, relation, ?)``: ``(rows, entities)``, int64; ``rows`` in 0..B-1."""
+        """Known tails of B queries ``(head, relation, ?)``: ``(rows, entities)``, int64, rows in 0..B-1."""
         h, r = self._entity_ids(heads), self._relation_ids(relations)
         return self.by_head_relation.lookup(h * self.num_relations + r)
 
@@ -144,19 +144,21 @@ class FilterIndex:
         return np.stack([head, relation, table.values.astype(np.int64)], axis=1)
 
     def to_arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """Nine flat arrays named ``tails.keys``, ``tails.offsets``, ...; what :meth:`from_arrays` takes."""
+        """Flat arrays, what :meth:`from_arrays` takes: ``size`` (N, R) and ``tails.keys``, ``tails.offsets``..."""
         tables = (self.by_head_relation, self.by_relation_tail, self.by_head_tail)
         return {
-            f"{name}.{field}": getattr(table, field)
-            for name, table in zip(_TABLES, tables, strict=True)
-            for field in _FIELDS
+            "size": np.array([self.num_entities, self.num_relations], dtype=np.int64),
+            **{
+                f"{name}.{field}": getattr(table, field)
+                for name, table in zip(_TABLES, tables, strict=True)
+                for field in _FIELDS
+            },
         }
 
     @classmethod
-    def from_arrays(
-        cls, arrays: Mapping[str, npt.NDArray[Any]], num_entities: int, num_relations: int
-    ) -> FilterIndex:
+    def from_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]]) -> FilterIndex:
         """The index :meth:`to_arrays` wrote; arrays are used as they are, no copy. KeyError if one lacks."""
+        num_entities, num_relations = arrays["size"].tolist()
         tails, heads, relations = (
             KeyedRows(*(arrays[f"{name}.{field}"] for field in _FIELDS)) for name in _TABLES
         )

@@ -54,11 +54,12 @@ def test_contains_duplicates_tensors_and_repeated_queries() -> None:
 def test_arrays_round_trip_without_copy() -> None:
     index = FilterIndex.build(np.array([[0, 1, 2], [4, 2, 2]]), N, R)
     arrays = index.to_arrays()
-    again = FilterIndex.from_arrays(arrays, N, R)
+    again = FilterIndex.from_arrays(arrays)
+    assert (again.num_entities, again.num_relations) == (N, R)
     assert again.by_head_tail.values is arrays["relations.values"]
     assert again.triples().tolist() == index.triples().tolist()
     with pytest.raises(KeyError):
-        FilterIndex.from_arrays({}, N, R)
+        FilterIndex.from_arrays({})
 
 
 @pytest.mark.parametrize("bad", [[0, 0, N], [-1, 0, 0], [0, R, 0]])
