@@ -1,0 +1,88 @@
+"""Scores from computed entity states: what validation, evaluation and serving all rank by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kgray.graph.neighbours import NeighbourIndex
+from kgray.graph.sampler import NeighbourSampler, step_generator
+from kgray.model.decoders import DECODERS
+from kgray.model.fused import FusedModel, Neighbourhood
+
+INFERENCE_SEED = 0
+"""Hubs with more neighbours than the inference fan-out are sampled once, the same for every run."""
+
+
+class StateScorer:
+    """Scores of triples from states; float32, on the states' device.
+
+    states: (N, d) entity states H. relations: (2R, d) vectors, reciprocal ones from R on.
+    Tails are scored by the real relation, heads by its reciprocal; a whole triple and a relation by the mean of
+    both directions, as neither direction is the better one (a reciprocal model has no single triple score).
+    """
+
+    def __init__(self, states: Tensor, relations: Tensor, decoder: str, scale: float) -> None:
+        self.states = states
+        self.relations = relations
+        self.decoder = DECODERS.get(decoder)()
+        self.scale = scale
+
+    @property
+    def num_entities(self) -> int:
+        return len(self.states)
+
+    @property
+    def num_relations(self) -> int:
+        return len(self.relations) // 2
+
+    def _query(self, entities: Tensor, relations: Tensor) -> Tensor:
+        return self.decoder.query(self.states[entities], self.relations[relations]) * self.scale
+
+    def score_tails(self, heads: Tensor, relations: Tensor) -> Tensor:
+        """(B,) int64 x 2 -> (B, N)."""
+        return self._query(heads, relations) @ self.states.T
+
+    def score_heads(self, relations: Tensor, tails: Tensor) -> Tensor:
+        """(B,) int64 x 2 -> (B, N)."""
+        return self._query(tails, relations + self.num_relations) @ self.states.T
+
+    def score_relations(self, heads: Tensor, tails: Tensor) -> Tensor:
+        """(B,) int64 x 2 -> (B, R)."""
+        forward = self.decoder.relation_query(self.states[heads], self.states[tails])
+        backward = self.decoder.relation_query(self.states[tails], self.states[heads])
+        r = self.num_relations
+        return (forward @ self.relations[:r].T + backward @ self.relations[r:].T) * (0.5 * self.scale)
+
+    def score_triples(self, heads: Tensor, relations: Tensor, tails: Tensor) -> Tensor:
+        """(B,) int64 x 3 -> (B,)."""
+        forward = (self._query(heads, relations) * self.states[tails]).sum(dim=1)
+        backward = (self._query(tails, relations + self.num_relations) * self.states[heads]).sum(dim=1)
+        return 0.5 * (forward + backward)
+
+
+def scorer_of(model: FusedModel, index: NeighbourIndex, *, batch_size: int = 4096) -> StateScorer:
+    """States of all entities under the model as it is, over the message graph ``index``; dropout off."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            states = torch.cat(list(_states(model, index, batch_size))).float()
+            relations = model.relation_vectors().float()
+            scale = float(model.log_scale.exp())
+    finally:
+        model.train(was_training)
+    # Leaving inference mode for good: the scorer's tensors meet ordinary ones.
+    return StateScorer(states.clone(), relations.clone(), model.config.decoder, scale)
+
+
+def _states(model: FusedModel, index: NeighbourIndex, batch_size: int) -> Iterator[Tensor]:
+    device = model.log_scale.device
+    sampler = NeighbourSampler(index, model.config.gnn.inference_fanouts) if model.gnn is not None else None
+    for start in range(0, index.num_entities, batch_size):
+        seeds = np.arange(start, min(start + batch_size, index.num_entities))
+        blocks = sampler.sample(seeds, step_generator(INFERENCE_SEED, 0, start, 0)) if sampler else []
+        yield model.encode(Neighbourhood.of(torch.from_numpy(seeds), blocks).to(device))

@@ -1,0 +1,265 @@
+"""The one training loop. It knows nothing of Ray: a ``Worker`` tells it its rank and takes its reports.
+
+One epoch: batches of seeded order and samples, loss under autocast, gradients averaged over the workers, clipping,
+one update of all optimisers; then the filtered validation MRR by the same evaluator the test uses. The best weights
+are restored at the end.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kgray.config import to_dict
+from kgray.errors import ConfigError, TrainingError
+from kgray.evaluation.counts import merge
+from kgray.evaluation.ranking import filter_splits, rank_triples
+from kgray.graph.graph import Graph
+from kgray.graph.neighbours import Int64
+from kgray.model.config import ModelConfig
+from kgray.model.fused import FusedModel
+from kgray.model.objectives import batch_loss
+from kgray.model.states import StateScorer, scorer_of
+from kgray.precision import computes_bfloat16
+from kgray.text.vectors import Vectors
+from kgray.training.batches import BatchMaker
+from kgray.training.checkpoint import Position, load_checkpoint, save_checkpoint
+from kgray.training.config import TrainConfig
+from kgray.training.optimisers import Optimisers
+from kgray.training.worker import Worker
+
+METRIC = "valid.both.realistic.filtered.full.mrr"
+CHECK_STEPS = 20
+LOG_SECONDS = 15.0
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A finished run: the model with its best weights, the states they give, and how it went."""
+
+    model: FusedModel
+    scorer: StateScorer
+    history: Sequence[Mapping[str, float]]
+    best_epoch: int
+    best: float
+
+
+def build_model(graph: Graph, vectors: Vectors | None, config: ModelConfig, seed: int) -> FusedModel:
+    """A model with seeded initial weights for this graph; raises ConfigError when it needs text and there is none."""
+    if config.text.kind != "none" and vectors is None:
+        raise ConfigError("model.text.kind", config.text.kind, "'none', as there are no text vectors (text is null)")
+    torch.manual_seed(seed)
+    index = graph.message_index()
+    entity_text = relation_text = None
+    if vectors is not None and config.text.kind != "none":
+        entity_text = torch.from_numpy(np.array(vectors.entities))
+        relation_text = torch.from_numpy(np.array(vectors.relations))
+    has_edges = torch.from_numpy(index.degrees > 0)
+    return FusedModel(config, graph.num_relations, has_edges, entity_text, relation_text)
+
+
+class Trainer:
+    """One run of the loop on one worker."""
+
+    def __init__(
+        self, graph: Graph, vectors: Vectors | None, model: ModelConfig, train: TrainConfig, worker: Worker
+    ) -> None:
+        if not len(graph.triples["train"]):
+            raise TrainingError(f"graph {graph.version} has no training triples: nothing to learn from")
+        if not len(graph.triples["valid"]):
+            raise TrainingError(
+                f"graph {graph.version} has no validation triples: give data.triples.valid or data.split.valid, "
+                "the best epoch is chosen by them"
+            )
+        self.graph, self.config, self.worker = graph, train, worker
+        self.index = graph.message_index()
+        self.model = build_model(graph, vectors, model, train.seed).to(worker.device)
+        self.batches = BatchMaker(
+            graph.triples["train"],
+            self.index,
+            graph.known(["train"]),
+            model,
+            graph.num_relations,
+            train.batch_size,
+            train.seed,
+            worker.rank,
+            worker.world,
+        )
+        updates = -(-self.batches.steps // train.accumulate)
+        self.optimisers = Optimisers(self.model, train.optimiser, updates * train.epochs)
+        self.autocast = autocast_dtype(train.precision, worker.device)
+        self.known = graph.known(filter_splits("valid"))
+        self.valid = self._valid_share()
+        self.position = Position()
+        self.run = {
+            "graph": graph.version,
+            "model": to_dict(model),
+            "train": {k: v for k, v in to_dict(train).items() if k not in _NOT_IDENTITY},
+        }
+        # Every rank draws its own dropout; initial weights above are the same on all.
+        torch.manual_seed(self._dropout_seed())
+
+    def _valid_share(self) -> Int64:
+        triples = self.graph.triples["valid"]
+        if self.config.valid_triples is not None and self.config.valid_triples < len(triples):
+            generator = np.random.default_rng(self.config.seed)
+            triples = triples[np.sort(generator.permutation(len(triples))[: self.config.valid_triples])]
+        return triples[self.worker.rank :: self.worker.world]
+
+    def _dropout_seed(self) -> int:
+        at = self.position
+        place = [self.config.seed, at.epoch, at.step, self.worker.rank]
+        return int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+    def resume(self, folder: Path) -> None:
+        """Go on from a checkpoint of the same run."""
+        state = load_checkpoint(folder, self.run)
+        self.position = Position(**state["position"])
+        self.model.load_state_dict(state["model"])
+        self.optimisers.load_state_dict(state["optimisers"])
+        if self.worker.rank == 0:
+            # Rank 0 wrote the checkpoint; other ranks keep a stream of their own, seeded by where they resume.
+            torch.set_rng_state(state["rng"])
+        else:
+            torch.manual_seed(self._dropout_seed())
+        if state["cuda_rng"] and torch.cuda.is_available() and self.worker.rank == 0:
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        self.worker.say("resumed at epoch %d, step %d", self.position.epoch, self.position.step)
+
+    def fit(self) -> Fit:
+        """Train until the epochs or the patience run out; raises TrainingError on a non-finite loss."""
+        at = self.position
+        while at.epoch < self.config.epochs and at.stale < self.config.patience:
+            started = time.monotonic()
+            self._epoch()
+            row = {"epoch": float(at.epoch), **{f"train.{k}": v / at.steps for k, v in at.loss_sum.items()}}
+            seconds = time.monotonic() - started
+            at.epoch, at.step, at.steps, at.loss_sum = at.epoch + 1, 0, 0, {}
+            if at.epoch % self.config.evaluate_every == 0 or at.epoch == self.config.epochs:
+                row |= self._validate()
+            at.history.append(row)
+            self._tell(row, seconds)
+            self._checkpoint(row)
+        return self._finish()
+
+    def _epoch(self) -> None:
+        """Take the steps of one epoch that are still to take."""
+        at, config = self.position, self.config
+        self.model.train()
+        last = self.batches.steps - 1
+        pending: list[tuple[int, dict[str, torch.Tensor]]] = []
+        said = time.monotonic()
+        for step, batch in enumerate(self.batches.epoch(at.epoch, at.step), start=at.step):
+            with torch.autocast(self.worker.device.type, self.autocast, enabled=self.autocast is not None):
+                loss, parts = batch_loss(self.model, batch.to(self.worker.device), self.model.config.objective)
+            (loss / config.accumulate).backward()
+            pending.append((step, {"loss": loss.detach(), **parts}))
+            update = (step + 1) % config.accumulate == 0 or step == last
+            if update:
+                self.worker.average_gradients(list(self.model.parameters()))
+                self.optimisers.step()
+            at.step = step + 1
+            due = config.checkpoint_steps and (step + 1) % config.checkpoint_steps == 0 and update and step != last
+            if due or step == last or len(pending) >= CHECK_STEPS:
+                self._settle(pending)
+            if due:
+                self._checkpoint({"epoch": float(at.epoch), "step": float(at.step)})
+            if time.monotonic() - said > LOG_SECONDS and at.steps:
+                said = time.monotonic()
+                self.worker.say(
+                    "epoch %d: step %d of %d, loss %.4f", at.epoch, at.step, last + 1, at.loss_sum["loss"] / at.steps
+                )
+
+    def _settle(self, pending: list[tuple[int, dict[str, torch.Tensor]]]) -> None:
+        """Add finished losses to the epoch's mean. Read in groups: each read makes a GPU wait."""
+        at = self.position
+        for step, parts in pending:
+            values = {name: float(value) for name, value in parts.items()}
+            if not all(math.isfinite(v) for v in values.values()):
+                bad = ", ".join(f"{k}={v}" for k, v in values.items())
+                raise TrainingError(
+                    f"the loss became non-finite at epoch {at.epoch}, step {step} ({bad}): lower train.optimiser.lr "
+                    f"(now {self.config.optimiser.lr}) or train.optimiser.table_lr (now {self.config.optimiser.table_lr}), "
+                    "set train.optimiser.clip_norm, or train.precision=float32"
+                )
+            for name, value in values.items():
+                at.loss_sum[name] = at.loss_sum.get(name, 0.0) + value
+            at.steps += 1
+        pending.clear()
+
+    def _validate(self) -> dict[str, float]:
+        at = self.position
+        scorer = scorer_of(self.model, self.index)
+        counts = rank_triples(scorer, self.valid, self.known, split="valid", tasks=("tail", "head"))
+        whole = merge(self.worker.gather(counts))
+        metrics = {k: float(v) for k, v in whole.metrics().items() if ".both." in k}
+        if metrics[METRIC] > at.best:
+            at.best, at.best_epoch, at.stale = metrics[METRIC], at.epoch, 0
+            at.best_weights = {k: v.detach().cpu().clone() for k, v in self.model.state_dict().items()}
+        else:
+            at.stale += 1
+        return metrics
+
+    def _tell(self, row: Mapping[str, float], seconds: float) -> None:
+        at = self.position
+        left = (self.config.epochs - at.epoch) * seconds
+        mrr = f", {METRIC} {row[METRIC]:.4f} (best {at.best:.4f} of epoch {at.best_epoch})" if METRIC in row else ""
+        self.worker.say(
+            "epoch %d of %d: loss %.4f%s; %.0f s, at most %.0f s left",
+            at.epoch, self.config.epochs, row["train.loss"], mrr, seconds, left,
+        )  # fmt: skip
+
+    def _checkpoint(self, metrics: Mapping[str, float]) -> None:
+        if self.worker.rank != 0:
+            return self.worker.report(metrics, None)
+        with tempfile.TemporaryDirectory(prefix="kgray-checkpoint-") as folder:
+            save_checkpoint(
+                Path(folder), self.run, self.position, self.model.state_dict(), self.optimisers.state_dict()
+            )
+            self.worker.report(metrics, Path(folder))
+        return None
+
+    def _finish(self) -> Fit:
+        at = self.position
+        if at.best_weights:
+            self.model.load_state_dict(at.best_weights)
+        why = "patience ran out" if at.stale >= self.config.patience else "all epochs done"
+        self.worker.say("%s after epoch %d: weights of epoch %d restored (%s %.4f)", why, at.epoch, at.best_epoch, METRIC, at.best)
+        self.model.eval()
+        return Fit(self.model, scorer_of(self.model, self.index), at.history, at.best_epoch, at.best)
+
+
+_NOT_IDENTITY = ("workers", "device", "cpus_per_worker", "max_failures", "checkpoint_steps")
+"""Keys of TrainConfig that say where and how safely a run happens, not what it computes."""
+
+
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """bfloat16 or None for plain float32."""
+    if precision == "float32" or (precision == "auto" and device.type == "cpu" and not computes_bfloat16()):
+        return None
+    return torch.bfloat16
+
+
+def fit(
+    graph: Graph,
+    vectors: Vectors | None,
+    model: ModelConfig,
+    train: TrainConfig,
+    worker: Worker | None = None,
+    resume: Path | None = None,
+) -> Fit:
+    """Train on one worker; call it directly in a notebook or a script, or under Ray Train with its worker.
+
+    resume: the folder of a checkpoint of the same run, or None to start.
+    """
+    trainer = Trainer(graph, vectors, model, train, worker or Worker(train.device))
+    if resume is not None:
+        trainer.resume(resume)
+    return trainer.fit()

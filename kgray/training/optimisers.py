@@ -1,0 +1,62 @@
+"""Optimisers of the fused model and their common schedule."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from kgray.training.config import OptimiserConfig
+
+
+class Optimisers:
+    """AdamW for dense weights and sparse Adagrad (Duchi et al. 2011) for the structural table, moved together.
+
+    total_steps: weight updates of the whole run; the schedule is a function of the update's number alone.
+    """
+
+    def __init__(self, model: nn.Module, config: OptimiserConfig, total_steps: int) -> None:
+        self.config = config
+        self.total_steps = total_steps
+        self.updates = 0
+        tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding) and m.sparse}
+        self.dense = [p for p in model.parameters() if p not in tables]
+        self.tables = list(tables)
+        self._optimisers: list[tuple[torch.optim.Optimizer, float]] = [
+            (torch.optim.AdamW(self.dense, lr=config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay), config.lr)
+        ]
+        if self.tables:
+            self._optimisers.append((torch.optim.Adagrad(self.tables, lr=config.table_lr), config.table_lr))
+
+    def factor(self, update: int) -> float:
+        """What the peak learning rates are multiplied by at this update."""
+        warmup = self.config.warmup * self.total_steps
+        rise = min(1.0, (update + 1) / warmup) if warmup else 1.0
+        done = min(1.0, update / max(1, self.total_steps))
+        if self.config.schedule == "linear":
+            return rise * (1 - done)
+        if self.config.schedule == "cosine":
+            return rise * 0.5 * (1 + math.cos(math.pi * done))
+        return rise
+
+    def step(self) -> None:
+        """Clip the dense gradient, move the weights, forget the gradients."""
+        if self.config.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.dense, self.config.clip_norm)
+        factor = self.factor(self.updates)
+        for optimiser, peak in self._optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = peak * factor
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        self.updates += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"updates": self.updates, "optimisers": [o.state_dict() for o, _ in self._optimisers]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.updates = state["updates"]
+        for (optimiser, _), saved in zip(self._optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
