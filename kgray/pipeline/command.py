@@ -1,0 +1,158 @@
+"""The command line of every job: arguments in, exit status and one line of JSON out. Floor 6.
+
+Exit status 0: done or up to date. 2: the user's mistake, told in one line on stderr, without a traceback. 1: a
+failure of ours, with the traceback. 130: interrupted. The last line on stdout is always one JSON object; the last
+line on stderr of a failed job is its reason, which is what Ray's Jobs API shows of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kgray.pipeline.failures import message, user_error
+
+if TYPE_CHECKING:
+    from kgray.pipeline.settings import Settings
+
+log = logging.getLogger("kgray")
+
+Body = Callable[[argparse.Namespace], dict[str, Any]]
+
+JOBS = {
+    "ingest": "input files -> graph (and corpus)",
+    "embed": "texts of the graph -> vectors",
+    "train": "graph and vectors -> model",
+    "evaluate": "model and graph -> report",
+    "deploy": "model -> HTTP service",
+    "pipeline": "all of it, each step where it is not up to date",
+}
+
+
+def main(job: str, arguments: Sequence[str] | None = None) -> int:
+    """Run a job of :data:`JOBS` with command-line arguments (those of the process by default); the exit status."""
+    parser = _parser(job)
+    given = parser.parse_args(arguments)
+    return guarded(job, given, lambda options: run_job(job, options))
+
+
+def guarded(job: str, options: argparse.Namespace, body: Body) -> int:
+    """Run ``body`` under the rules of this module; what it returns is completed to the line of JSON."""
+    set_up_logging()
+    begin = time.monotonic()
+    result: dict[str, Any] = {"job": job, "status": "failed", "artifact": None, "version": None}
+    reason, status = "", 0
+    try:
+        result |= body(options)
+    except KeyboardInterrupt:
+        reason, status = "interrupted; the same command goes on from where it stopped", 130
+    except Exception as error:
+        told = user_error(error)
+        if told is None:
+            traceback.print_exc()
+            reason, status = f"{type(error).__name__}: {message(error)}", 1
+        else:
+            reason, status = told, 2
+    result["seconds"] = round(time.monotonic() - begin, 2)
+    result.setdefault("metrics", {})
+    if status:
+        result |= {"status": "failed", "error": reason[:2000]}
+    if not result.pop("_said", False):
+        _say(result)
+    if status:
+        # Ray's Jobs API shows the end of stdout and stderr together: the reason comes after everything else.
+        print(f"kgray {job}: {reason[:2000]}", file=sys.stderr, flush=True)
+    return status
+
+
+def run_job(job: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Build what the job is asked for. Returns the fields of the line of JSON."""
+    from kgray.config import load_config, show_config
+    from kgray.pipeline.settings import Settings
+
+    settings = load_config(Settings, options.config, options.overrides)
+    if options.show_config:
+        print(show_config(settings), flush=True)
+        return {"status": "shown"}
+    return execute(job, settings, Path(options.config).stem, keep_serving=getattr(options, "keep_serving", False))
+
+
+def execute(job: str, settings: Settings, config_name: str, *, keep_serving: bool = False) -> dict[str, Any]:
+    """Run a job of :data:`JOBS`; with ``keep_serving`` returns when the process is asked to end."""
+    from kgray.pipeline import deployment, results, steps
+    from kgray.pipeline.plan import Work, needed
+
+    begin = time.monotonic()
+    with Work(settings, f"{job} {config_name}") as work:
+        for step in needed(steps.steps_of(settings), steps.targets_of(job, settings)):
+            work.run(step)
+        url = None
+        if job in ("deploy", "pipeline"):
+            url = deployment.deploy_step(work, keep_serving=keep_serving)
+        steps.register_again(work)
+        text = results.summary(job, work)
+        if text:
+            print(text, flush=True)
+        result = results.result(job, work) | {"url": url}
+        if keep_serving:
+            # Whoever reads stdout learns now that the service is up; this line stays the last.
+            _say(result | {"seconds": round(time.monotonic() - begin, 2)})
+            log.info("serving at %s until Ctrl-C", url)
+            deployment.wait_for_signal()
+            result["_said"] = True
+    return result
+
+
+def set_up_logging() -> None:
+    """Progress to stderr, a line a message; libraries only when they warn."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
+    kgray = logging.getLogger("kgray")
+    kgray.handlers[:] = [handler]
+    kgray.setLevel(logging.INFO)
+    kgray.propagate = False
+
+
+def _parser(job: str) -> argparse.ArgumentParser:
+    parser = Parser(prog=f"python -m jobs.{job}", description=JOBS[job])
+    parser.add_argument("config", metavar="CONFIG", help="YAML file, such as configs/quickstart.yaml")
+    parser.add_argument(
+        "overrides", metavar="key=value", nargs="*", help="dotted keys over the file's: train.epochs=3 text=null"
+    )
+    parser.add_argument(
+        "--show-config", action="store_true", help="print the whole configuration, described, and do nothing"
+    )
+    if job in ("deploy", "pipeline"):
+        parser.add_argument(
+            "--keep-serving", action="store_true", help="stay in the foreground and answer until Ctrl-C"
+        )
+    return parser
+
+
+class Parser(argparse.ArgumentParser):
+    """Options may stand between overrides, and a wrong argument still ends in one line of JSON."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # noqa: D102
+        return self.parse_intermixed_args(args, namespace)
+
+    def error(self, message: str) -> Any:
+        self.print_usage(sys.stderr)
+        job = self.prog.rpartition(".")[2]
+        _say({"job": job, "status": "failed", "artifact": None, "version": None, "seconds": 0.0, "metrics": {},
+              "error": message})  # fmt: skip
+        self.exit(2, f"kgray {job}: {message}\n")
+
+
+def _say(result: dict[str, Any]) -> None:
+    order = ("job", "status", "artifact", "version", "seconds", "metrics")
+    line = {key: result[key] for key in order if key in result}
+    line |= {key: value for key, value in result.items() if key not in order and value is not None}
+    print(json.dumps(line, ensure_ascii=False), flush=True)
+

@@ -1,0 +1,87 @@
+"""What a job says in the end: a table for people, numbers for the line of JSON. Floor 6."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from kgray.artifact import Artifact
+from kgray.lineage.tracking import numeric
+from kgray.pipeline.deployment import exchanges
+from kgray.pipeline.plan import Work
+
+_TARGET = {
+    "ingest": "ingest",
+    "embed": "embed",
+    "train": "train",
+    "evaluate": "evaluate",
+    "deploy": "deploy",
+    "pipeline": "train",  # its version is the one that answers carry
+}
+_COLUMNS = ("mrr", "hits@1", "hits@3", "hits@10")
+
+
+def result(job: str, work: Work) -> dict[str, Any]:
+    """Fields of the line of JSON. The artifact is the one the job is for (of pipeline: the model); metrics are the
+    numbers of the report where the job measures, else the artifact's counts."""
+    artifact = work.artifacts[_TARGET[job]]
+    measured = work.artifacts["evaluate"] if job == "pipeline" else artifact
+    statuses = {outcome.step: outcome.status for outcome in work.outcomes}
+    return {
+        "status": "done" if "done" in statuses.values() else "up to date",
+        "artifact": artifact.uri,
+        "version": artifact.version,
+        "metrics": metrics_of(measured),
+        "steps": {
+            o.step: {"status": o.status, "artifact": f"{o.artifact.kind}/{o.artifact.version}"}
+            for o in work.outcomes
+        },
+    }
+
+
+def summary(job: str, work: Work) -> str:
+    """What people read: the measured variants side by side, then the exchanges over HTTP."""
+    parts = []
+    if job in ("evaluate", "pipeline"):
+        parts.append(table(work))
+    if job in ("deploy", "pipeline") and "deploy" in work.artifacts:
+        parts.append(exchanges(work.artifacts["deploy"]))
+    return "\n\n".join(part for part in parts if part)
+
+
+def metrics_of(artifact: Artifact) -> dict[str, float]:
+    """All numbers an artifact counts or measures, by dotted name."""
+    return numeric(artifact.counts)
+
+
+def table(work: Work) -> str:
+    """Model, ablations and baselines side by side, a row each, by filtered realistic rank in both directions."""
+    rows: list[tuple[str, dict[str, float]]] = []
+    for step, artifact in work.artifacts.items():
+        job, _, variant = step.partition(" ")
+        if job == "evaluate":
+            rows.append((variant or "model", metrics_of(artifact)))
+    if not rows:
+        return ""
+    split = work.settings.evaluate.split
+    protocol = f"{split}.both.realistic.filtered.full"
+    lines = [f"{protocol:<44}" + "".join(f"{column:>10}" for column in _COLUMNS)]
+    for name, metrics in rows:
+        lines.append(f"  {name:<42}" + "".join(_cell(metrics, f"{protocol}.{c}") for c in _COLUMNS))
+    for name, metrics in _baselines(rows[0][1], protocol).items():
+        lines.append(f"  {name:<42}" + "".join(_cell(metrics, c) for c in _COLUMNS))
+    return "\n".join(lines)
+
+
+def _baselines(metrics: Mapping[str, float], protocol: str) -> dict[str, dict[str, float]]:
+    """Metrics of the form ``baseline.<name>.<protocol>.<metric>`` by baseline."""
+    found: dict[str, dict[str, float]] = {}
+    for key, value in metrics.items():
+        head, _, metric = key.partition(f".{protocol}.")
+        if metric and head.startswith("baseline."):
+            found.setdefault(f"baseline: {head.removeprefix('baseline.')}", {})[metric] = value
+    return found
+
+
+def _cell(metrics: Mapping[str, float], key: str) -> str:
+    return f"{metrics[key]:>10.4f}" if key in metrics else f"{'-':>10}"

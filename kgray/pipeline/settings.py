@@ -1,0 +1,53 @@
+"""The whole configuration: one section a component, declared beside that component. Floor 6."""
+
+from __future__ import annotations
+
+from kgray.config import REQUIRED, ConfigPath, configuration, option
+from kgray.data.config import DataConfig
+from kgray.data.partition import GraphConfig
+from kgray.errors import ConfigError
+from kgray.evaluation.config import EvaluateConfig
+from kgray.lineage.config import LineageConfig
+from kgray.model.config import ModelConfig, ablation
+from kgray.runtime import RayConfig
+from kgray.serving.config import ServeConfig
+from kgray.text.config import TextConfig
+from kgray.training.config import TrainConfig
+
+
+@configuration
+class StorageConfig:
+    """Where artifacts lie."""
+
+    root: ConfigPath = option(
+        REQUIRED,
+        "Folder or URI (s3://, gs://, whatever pyarrow or fsspec open) of all artifacts; on a cluster every node "
+        "must reach it, and it must outlive the job, because the service reads the model from it.",
+    )
+
+    def __post_init__(self) -> None:
+        if not self.root.strip():
+            raise ConfigError("root", self.root, "a folder or URI")
+
+
+@configuration
+class Settings:
+    """All that a configuration file may say."""
+
+    storage: StorageConfig = option(REQUIRED, "Where artifacts lie.")
+    data: DataConfig = option(REQUIRED, "Input files, and how they are read.")
+    graph: GraphConfig = option(GraphConfig, "How the graph is laid out.")
+    text: TextConfig | None = option(TextConfig, "How texts become vectors; null trains without text.")
+    model: ModelConfig = option(ModelConfig, "The model.")
+    train: TrainConfig = option(TrainConfig, "How it is trained.")
+    evaluate: EvaluateConfig = option(EvaluateConfig, "How it is measured.")
+    serve: ServeConfig = option(ServeConfig, "The HTTP service.")
+    lineage: LineageConfig = option(LineageConfig, "Runs and models in MLflow.")
+    ray: RayConfig = option(RayConfig, "The Ray cluster to start or to join.")
+
+    def __post_init__(self) -> None:
+        # `text: null` alone must do: a model that would read text is then the same model without its text side.
+        # Frozen only towards others: this is the one place where the tree is still being made.
+        if self.text is None and self.model.text.kind != "none":
+            object.__setattr__(self, "model", ablation(self.model, "graph_only"))
+

@@ -1,0 +1,164 @@
+"""The steps of kgray: what each job reads, writes, and takes from the configuration. Floor 6.
+
+    input files -> graph -> vectors -> model -> report
+                         \\----------/        \\-> deployment
+    documents   -> corpus
+
+Every room is imported when its step is looked at, so that an up-to-date pipeline loads neither torch nor a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from kgray.artifact import Artifact, Draft, Recipe
+from kgray.lineage.registry import register
+from kgray.lineage.tracking import Run, numeric
+from kgray.model.config import Ablation, ModelConfig, ablation
+from kgray.pipeline.plan import Step, Work
+from kgray.pipeline.settings import Settings
+
+ABLATIONS: tuple[Ablation, ...] = ("text_only", "graph_only")
+"""Variants trained and measured beside the model when ``evaluate.ablations`` is on."""
+
+
+def steps_of(settings: Settings) -> list[Step]:
+    """The steps this configuration has, deploying apart (see deployment.py), in an order they can run in."""
+    steps = [Step("ingest", (), _ingest_recipe, _ingest, ("data", "graph"))]
+    if settings.data.documents is not None:
+        steps.append(Step("corpus", (), _corpus_recipe, _corpus, ("data",)))
+    if settings.text is not None:
+        steps.append(Step("embed", ("ingest",), _embed_recipe, _embed, ("text",)))
+    steps += _model_steps(settings, settings.model, "", _register)
+    for which in ablations_of(settings):
+        steps += _model_steps(settings, ablation(settings.model, which), f" {which}", None)
+    return steps
+
+
+def ablations_of(settings: Settings) -> tuple[Ablation, ...]:
+    """The ablations that say something: without text the model is its own graph-only variant."""
+    if not settings.evaluate.ablations or settings.model.text.kind == "none":
+        return ()
+    return ABLATIONS
+
+
+def targets_of(job: str, settings: Settings) -> list[str]:
+    """The steps a job is asked for; what they need comes by itself."""
+    names = [step.name for step in steps_of(settings)]
+    if job == "pipeline":
+        return names
+    if job == "ingest":
+        return [name for name in names if name in ("ingest", "corpus")]
+    if job == "evaluate":
+        return [name for name in names if name.partition(" ")[0] == "evaluate"]
+    return {"embed": ["embed"], "train": ["train"], "deploy": ["train"]}[job]
+
+
+def _model_steps(settings: Settings, model: ModelConfig, suffix: str, done: Any) -> list[Step]:
+    """Training and measuring one variant of the model; ``suffix`` tells its steps from the main ones."""
+    reads_text = model.text.kind != "none"
+    train, evaluate = f"train{suffix}", f"evaluate{suffix}"
+    return [
+        Step(
+            train,
+            ("ingest", "embed") if reads_text else ("ingest",),
+            partial(_train_recipe, model=model),
+            partial(_train, model=model),
+            ("model", "train"),
+            done,
+        ),
+        Step(
+            evaluate,
+            ("ingest", train),
+            partial(_evaluate_recipe, train=train),
+            partial(_evaluate, train=train),
+            ("evaluate",),
+        ),
+    ]
+
+
+def _ingest_recipe(work: Work) -> Recipe:
+    from kgray.data.ingest import ingest_recipe
+
+    return ingest_recipe(work.store, work.settings.data, work.settings.graph)
+
+
+def _ingest(work: Work, draft: Draft, run: Run) -> Mapping[str, Any]:
+    from kgray.data.ingest import ingest
+
+    return ingest(draft, work.settings.data, work.settings.graph)
+
+
+def _corpus_recipe(work: Work) -> Recipe:
+    from kgray.data.ingest import corpus_recipe
+
+    return corpus_recipe(work.store, work.settings.data)
+
+
+def _corpus(work: Work, draft: Draft, run: Run) -> Mapping[str, Any]:
+    from kgray.data.ingest import ingest_corpus
+
+    return ingest_corpus(draft, work.settings.data)
+
+
+def _embed_recipe(work: Work) -> Recipe:
+    from kgray.text.embed import embed_recipe
+
+    return embed_recipe(work.store, work.settings.text, work.artifacts["ingest"])
+
+
+def _embed(work: Work, draft: Draft, run: Run) -> Mapping[str, Any]:
+    from kgray.text.embed import embed
+
+    return embed(draft, work.settings.text, work.artifacts["ingest"], work.store)
+
+
+def _vectors(work: Work, model: ModelConfig) -> Artifact | None:
+    return work.artifacts["embed"] if model.text.kind != "none" else None
+
+
+def _train_recipe(work: Work, model: ModelConfig) -> Recipe:
+    from kgray.training.distributed import train_recipe
+
+    graph, vectors = work.artifacts["ingest"], _vectors(work, model)
+    return train_recipe(work.store, model, work.settings.train, graph, vectors)
+
+
+def _train(work: Work, draft: Draft, run: Run, model: ModelConfig) -> Mapping[str, Any]:
+    from kgray.training.distributed import train
+
+    graph, vectors = work.artifacts["ingest"], _vectors(work, model)
+    return train(
+        draft, work.store, model, work.settings.train, graph, vectors, on_metrics=run.metrics
+    )
+
+
+def _register(work: Work, run: Run, model: Artifact) -> None:
+    registered = register(work.tracker, run, model, numeric(model.counts))
+    if registered is not None:
+        run.tag(registered=f"{registered.name}/{registered.number}", alias=registered.alias)
+
+
+def register_again(work: Work) -> None:
+    """Register a model that was up to date, in case MLflow was out of reach when it was trained. Nothing happens
+    where it is registered, or where this driver has no run in MLflow."""
+    model = work.artifacts.get("train")
+    fresh = {outcome.step for outcome in work.outcomes if outcome.status == "done"}
+    if work.parent is not None and model is not None and "train" not in fresh:
+        register(work.tracker, work.parent, model, numeric(model.counts))
+
+
+def _evaluate_recipe(work: Work, train: str) -> Recipe:
+    from kgray.evaluation.evaluate import evaluate_recipe
+
+    return evaluate_recipe(
+        work.store, work.settings.evaluate, work.artifacts[train], work.artifacts["ingest"]
+    )
+
+
+def _evaluate(work: Work, draft: Draft, run: Run, train: str) -> Mapping[str, Any]:
+    from kgray.evaluation.evaluate import evaluate
+
+    return evaluate(draft, work.settings.evaluate, work.artifacts[train], work.artifacts["ingest"])
