@@ -1,0 +1,265 @@
+"""The HTTP interface as a FastAPI application over any `Service`: no Ray here, so tests call it directly.
+
+No ``from __future__ import annotations``: FastAPI reads the annotations of the functions defined inside
+`create_api`, which as text could not be resolved.
+"""
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn, Protocol
+
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from kgray.errors import NonFiniteError
+from kgray.serving import schemas
+from kgray.serving.config import ServeConfig
+from kgray.serving.guard import Guard, GuardRules
+from kgray.serving.names import Named, QueryError
+from kgray.serving.openapi import describe_api
+from kgray.serving.predictor import Query, Ranking, ScoredTriple, Triple
+from kgray.serving.problems import Problem, pointer
+
+_FIELDS = {
+    "predict": tuple(schemas.PredictRequest.model_fields),
+    "score": tuple(schemas.ScoreRequest.model_fields),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Answers of one request, with the number of requests scored together and the seconds that took."""
+
+    answers: Sequence[Ranking | ScoredTriple | QueryError | NonFiniteError]
+    batch: int
+    seconds: float
+
+
+class Service(Protocol):
+    """What answers behind the interface: a Serve replica, or in tests a predictor in this process."""
+
+    @property
+    def version(self) -> str: ...
+    @property
+    def ready(self) -> bool: ...
+    def about(self) -> Mapping[str, Any]: ...
+    def facts(self, count: int) -> list[Triple]: ...
+    async def predict(self, query: Query) -> Scored: ...
+    async def score(self, triples: list[Triple]) -> Scored: ...
+
+
+def create_api(service: Service, config: ServeConfig, *, own_request_id: bool = True) -> FastAPI:
+    """The application. ``own_request_id``: False where the server in front writes X-Request-Id (Serve)."""
+    # /docs and /redoc load their pages from a CDN; the service must work where there is none.
+    api = FastAPI(title="kgray", version="1", docs_url=None, redoc_url=None)
+    rules = GuardRules(
+        version=lambda: service.version,
+        max_body_bytes=config.max_body_bytes,
+        max_ongoing=config.max_ongoing_requests,
+        max_queued=config.max_queued_requests,
+        timeout_s=config.request_timeout_s,
+        retry_after_s=config.retry_after_s,
+        own_request_id=own_request_id,
+    )
+    api.add_middleware(Guard, rules=rules)
+    api.add_exception_handler(RequestValidationError, _invalid)
+    api.add_exception_handler(HTTPException, _http_error)
+    _add_routes(api, service, config)
+    describe_api(api, config, service.facts(2) if service.ready else [])
+    return api
+
+
+def _add_routes(api: FastAPI, service: Service, config: ServeConfig) -> None:
+    def ready() -> None:
+        if not service.ready:
+            raise Problem(
+                503,
+                "not-ready",
+                "The model is not loaded yet.",
+                headers={"retry-after": str(config.retry_after_s)},
+            )
+
+    def reference() -> schemas.ModelRef:
+        return schemas.ModelRef(name=config.name, version=service.version)
+
+    json_only = [Depends(_json_only)]
+
+    @api.get("/healthz", summary="The process is alive")
+    async def healthz() -> schemas.Status:
+        return schemas.Status(status="ok")
+
+    @api.get("/readyz", summary="The model is loaded and answers")
+    async def readyz() -> schemas.Status:
+        ready()
+        return schemas.Status(status="ok")
+
+    @api.get("/v1/model", summary="What is being served")
+    async def model() -> schemas.ModelInfo:
+        ready()
+        about = service.about()
+        return schemas.ModelInfo(
+            model=reference(),
+            graph_version=about["graph_version"],
+            counts=schemas.Counts(**about["counts"]),
+            metrics={name: _finite(value) for name, value in about["metrics"].items()},
+            limits=schemas.Limits(
+                max_top_k=config.max_top_k,
+                max_triples=config.max_triples,
+                max_body_bytes=config.max_body_bytes,
+                request_timeout_s=config.request_timeout_s,
+            ),
+        )
+
+    @api.post(
+        "/v1/predict", summary="Give two of head, relation, tail: get the third", dependencies=json_only
+    )
+    async def predict(body: schemas.PredictRequest, response: Response) -> schemas.PredictResponse:
+        ready()
+        _check_limit("top_k", body.top_k, config.max_top_k)
+        scored = await service.predict(
+            Query(body.head, body.relation, body.tail, body.top_k, body.filter_known)
+        )
+        _add_timing(response, scored)
+        _refuse(scored.answers, [()])
+        (ranking,) = scored.answers
+        if not isinstance(ranking, Ranking):
+            raise TypeError(f"predict answered with {type(ranking).__name__}")
+        return schemas.PredictResponse(
+            model=reference(),
+            query=schemas.QueryEcho(
+                head=_item(ranking.head),
+                relation=_item(ranking.relation),
+                tail=_item(ranking.tail),
+                top_k=body.top_k,
+                filter_known=body.filter_known,
+            ),
+            missing=ranking.missing,
+            predictions=[
+                schemas.PredictionBody.model_construct(
+                    rank=p.rank, id=p.id, name=p.name, score=p.score, known=p.known
+                )
+                for p in ranking.predictions
+            ],
+        )
+
+    @api.post("/v1/score", summary="Score one triple or a list of triples", dependencies=json_only)
+    async def score(body: schemas.ScoreRequest, response: Response) -> schemas.ScoreResponse:
+        ready()
+        triples = body.as_list()
+        _check_limit("triples", len(triples), config.max_triples)
+        scored = await service.score([Triple(t.head, t.relation, t.tail) for t in triples])
+        _add_timing(response, scored)
+        _refuse(scored.answers, [("triples", i) if body.triples else () for i in range(len(triples))])
+        return schemas.ScoreResponse(
+            model=reference(),
+            scores=[
+                schemas.ScoreBody(
+                    head=schemas.Item(id=a.head.id, name=a.head.name),
+                    relation=schemas.Item(id=a.relation.id, name=a.relation.name),
+                    tail=schemas.Item(id=a.tail.id, name=a.tail.name),
+                    score=a.score,
+                    known=a.known,
+                )
+                for a in scored.answers
+                if isinstance(a, ScoredTriple)
+            ],
+        )
+
+
+def _json_only(request: Request) -> None:
+    """Problem 415 unless the body says that it is JSON, uncompressed."""
+    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
+        found = f"not {kind[:100]}" if kind else "and say so"
+        raise Problem(415, "media-type", f"Send JSON with 'content-type: application/json', {found}.")
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding != "identity":
+        raise Problem(415, "content-encoding", f"Send the body uncompressed, not {encoding[:100]}.")
+
+
+def _check_limit(field: str, value: int, limit: int) -> None:
+    if value > limit:
+        detail = f"{field}: {value} is over this server's limit of {limit}"
+        raise Problem(422, "over-limit", detail, errors=[{"pointer": pointer(field), "detail": detail}])
+
+
+def _refuse(
+    answers: Sequence[Ranking | ScoredTriple | QueryError | NonFiniteError],
+    places: Sequence[tuple[str | int, ...]],
+) -> None:
+    """Refuse the whole request if any part of it failed, naming every part that did."""
+    for answer in answers:
+        if isinstance(answer, NonFiniteError):
+            raise answer
+    wrong = [(a, place) for a, place in zip(answers, places, strict=True) if isinstance(a, QueryError)]
+    if not wrong:
+        return
+    first = wrong[0][0]
+    more = f" (and {len(wrong) - 1} more triples that cannot be scored)" if len(wrong) > 1 else ""
+    errors = [
+        {"pointer": pointer(*place, error.field), "detail": error.message, "near": list(error.near)}
+        for error, place in wrong
+    ]
+    status = 404 if first.code.startswith("unknown-") else 422
+    raise Problem(status, first.code, first.message + more, errors=errors)
+
+
+async def _invalid(request: Request, error: Exception) -> NoReturn:
+    """Validation errors of FastAPI as a Problem: 400 when there is no JSON to speak of, else 422."""
+    found = error.errors() if isinstance(error, RequestValidationError) else []
+    if any(e["type"] == "json_invalid" for e in found):
+        what = found[0].get("ctx", {}).get("error", "")
+        place = found[0]["loc"][-1]
+        raise Problem(400, "broken-json", f"The body is not JSON: {what} at character {place}.")
+    if any(e["loc"] == ("body",) and e["type"] == "missing" for e in found):
+        raise Problem(400, "no-body", "The request has no body; send a JSON object.")
+    known = _FIELDS.get(request.url.path.rsplit("/", 1)[-1], ())
+    errors = [_explain(e, known) for e in found[:20]]
+    raise Problem(422, "invalid", "; ".join(e["detail"] for e in errors[:5]), errors=errors)
+
+
+def _explain(error: Mapping[str, Any], known: Sequence[str]) -> dict[str, str]:
+    """One pydantic error in words, with a pointer; the value itself is not repeated."""
+    place = [part for part in error["loc"] if part != "body"]
+    name = ".".join(str(part)[:100] for part in place) or "body"
+    if error["type"] == "extra_forbidden":
+        field = str(place[-1])[:100]
+        fields = ("head", "relation", "tail") if len(place) > 1 else known
+        close = difflib.get_close_matches(field, fields, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(fields)}"
+        what = f"unknown field; {hint}"
+    else:
+        what = str(error["msg"]).removeprefix("Value error, ")
+    return {"pointer": pointer(*place), "detail": f"{name}: {what}" if place else what}
+
+
+async def _http_error(request: Request, error: Exception) -> NoReturn:
+    """Starlette's own refusals (unknown path, wrong method, unreadable body) as a Problem."""
+    if not isinstance(error, HTTPException):
+        raise error
+    headers = dict(error.headers or {})
+    if error.status_code == 404:
+        raise Problem(404, "no-such-path", f"There is nothing at {request.url.path[:200]}.", headers=headers)
+    if error.status_code == 405:
+        allowed = headers.get("Allow", headers.get("allow", "another method"))
+        raise Problem(405, "method", f"Use {allowed} here, not {request.method}.", headers=headers)
+    if error.status_code == 400:
+        raise Problem(400, "broken-json", "The body is not JSON that can be read.", headers=headers)
+    raise Problem(error.status_code, "refused", str(error.detail), headers=headers)
+
+
+def _add_timing(response: Response, scored: Scored) -> None:
+    ms = 1000 * scored.seconds
+    response.headers["server-timing"] = f'score;dur={ms:.2f};desc="batch of {scored.batch}"'
+
+
+def _item(row: Named | None) -> schemas.Item | None:
+    return None if row is None else schemas.Item(id=row.id, name=row.name)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,295 @@
+"""From a query in the user's words to a ranked answer: a plain class over a model bundle.
+
+No Ray and no FastAPI here: the same class answers inside a Serve replica, in a test, in a notebook and in
+the check that `deploy` makes of what it deployed. Scores are exactly those of the bundle, which are those
+the evaluation ranked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kgray.errors import NonFiniteError
+from kgray.graph.filter_index import FilterIndex
+from kgray.serving.names import Field, Named, Names, QueryError
+
+Floats = npt.NDArray[np.float32]
+Missing = Literal["head", "relation", "tail"]
+
+_CELLS = 1 << 25
+"""Scores held at once (128 MiB of float32): a batch over a large graph is worked off in slices."""
+
+
+class Bundle(Protocol):
+    """What the predictor needs of ``kgray.model.bundle.Bundle``; ids in and scores out as torch tensors."""
+
+    @property
+    def num_entities(self) -> int: ...
+    @property
+    def num_relations(self) -> int: ...
+    @property
+    def entity_ids(self) -> Sequence[str]: ...
+    @property
+    def entity_names(self) -> Sequence[str]: ...
+    @property
+    def relation_ids(self) -> Sequence[str]: ...
+    @property
+    def relation_names(self) -> Sequence[str]: ...
+    @property
+    def known(self) -> FilterIndex: ...
+    @property
+    def model_version(self) -> str: ...
+    @property
+    def graph_version(self) -> str: ...
+    @property
+    def info(self) -> Mapping[str, Any]: ...
+    def score_tails(self, heads: torch.Tensor, relations: torch.Tensor) -> torch.Tensor: ...
+    def score_heads(self, relations: torch.Tensor, tails: torch.Tensor) -> torch.Tensor: ...
+    def score_relations(self, heads: torch.Tensor, tails: torch.Tensor) -> torch.Tensor: ...
+    def score_triples(
+        self, heads: torch.Tensor, relations: torch.Tensor, tails: torch.Tensor
+    ) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """Two of head, relation, tail as external id or unique name; the third, None, is what is asked for."""
+
+    head: str | None = None
+    relation: str | None = None
+    tail: str | None = None
+    top_k: int = 10
+    filter_known: bool = False
+
+    @property
+    def missing(self) -> Missing:
+        """The part asked for. ValueError unless exactly one is None."""
+        absent = [part for part in ("head", "relation", "tail") if getattr(self, part) is None]
+        if len(absent) != 1:
+            raise ValueError(f"give exactly two of head, relation, tail, not {3 - len(absent)}")
+        return absent[0]  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, slots=True)
+class Triple:
+    """A triple to score, each part an external id or a unique name."""
+
+    head: str
+    relation: str
+    tail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """One candidate: ``rank`` from 1; ``known`` when train, valid or test holds the fact already."""
+
+    rank: int
+    id: str
+    name: str
+    score: float
+    known: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """The answer to a `Query`: what was understood, and the candidates by descending score."""
+
+    missing: Missing
+    head: Named | None
+    relation: Named | None
+    tail: Named | None
+    predictions: tuple[Prediction, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredTriple:
+    """The score of one triple: the mean of its two directions, see ``Bundle.score_triples``."""
+
+    head: Named
+    relation: Named
+    tail: Named
+    score: float
+    known: bool
+
+
+class Predictor:
+    """Answers batches of queries from one bundle. Thread-safe: it holds nothing that a query changes."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.bundle = bundle
+        self.version = bundle.model_version
+        self.entities = Names("entity", bundle.entity_ids, bundle.entity_names)
+        self.relations = Names("relation", bundle.relation_ids, bundle.relation_names)
+
+    def predict(self, queries: Sequence[Query]) -> list[Ranking | QueryError | NonFiniteError]:
+        """Rank the missing part of each query.
+
+        The answers stand in the order of the queries. A query that cannot be answered gets its error in its
+        own place, so that one bad query never costs its neighbours in the batch theirs. ValueError for a
+        `Query` with other than two parts or a ``top_k`` below 1, which is the caller's mistake.
+        """
+        answers: list[Ranking | QueryError | NonFiniteError | None] = [None] * len(queries)
+        groups: dict[Missing, list[tuple[int, Query, dict[str, Named]]]] = {}
+        for place, query in enumerate(queries):
+            if query.top_k < 1:
+                raise ValueError(f"top_k must be at least 1, not {query.top_k}")
+            missing = query.missing
+            try:
+                parts = {
+                    part: self._find(part, value)
+                    for part in ("head", "relation", "tail")
+                    if (value := getattr(query, part)) is not None
+                }
+            except QueryError as error:
+                answers[place] = error
+                continue
+            groups.setdefault(missing, []).append((place, query, parts))
+        for missing, members in groups.items():
+            width = self.bundle.num_relations if missing == "relation" else self.bundle.num_entities
+            step = max(1, _CELLS // max(width, 1))
+            for start in range(0, len(members), step):
+                chunk = members[start : start + step]
+                ranked = self._rank(missing, [m[1] for m in chunk], [m[2] for m in chunk])
+                for (place, _, _), answer in zip(chunk, ranked, strict=True):
+                    answers[place] = answer
+        return [answer for answer in answers if answer is not None]
+
+    def score(self, triples: Sequence[Triple]) -> list[ScoredTriple | QueryError | NonFiniteError]:
+        """Score each triple; errors stand in the place of the triple they belong to, as in `predict`."""
+        answers: list[ScoredTriple | QueryError | NonFiniteError | None] = [None] * len(triples)
+        places: list[int] = []
+        found: list[tuple[Named, Named, Named]] = []
+        for place, triple in enumerate(triples):
+            try:
+                parts = (
+                    self._find("head", triple.head),
+                    self._find("relation", triple.relation),
+                    self._find("tail", triple.tail),
+                )
+            except QueryError as error:
+                answers[place] = error
+                continue
+            places.append(place)
+            found.append(parts)
+        if found:
+            h, r, t = (_indices([parts[i] for parts in found]) for i in range(3))
+            with torch.inference_mode():
+                scores = _floats(self.bundle.score_triples(h, r, t))
+            known = self.bundle.known.contains(h, r, t)
+            for place, (head, relation, tail), score, fact in zip(places, found, scores, known, strict=True):
+                answers[place] = (
+                    ScoredTriple(head, relation, tail, float(score), bool(fact))
+                    if np.isfinite(score)
+                    else _not_finite(self.version, f"{head.id} {relation.id} {tail.id}")
+                )
+        return [answer for answer in answers if answer is not None]
+
+    def facts(self, count: int) -> list[Triple]:
+        """At most ``count`` known facts, evenly spaced over heads and relations; always the same ones."""
+        table = self.bundle.known.by_head_relation
+        places = np.unique(np.linspace(0, len(table.keys), count, endpoint=False, dtype=np.int64))
+        if not len(table.keys):
+            return []
+        heads, relations = np.divmod(table.keys[places], self.bundle.num_relations)
+        tails = table.values[table.offsets[places]]
+        return [
+            Triple(self.entities.row(h).id, self.relations.row(r).id, self.entities.row(t).id)
+            for h, r, t in zip(heads.tolist(), relations.tolist(), tails.tolist(), strict=True)
+        ]
+
+    def about(self) -> dict[str, Any]:
+        """``graph_version``, ``counts`` (entities, relations, known_facts) and ``metrics`` of the bundle."""
+        counts = {
+            "entities": self.bundle.num_entities,
+            "relations": self.bundle.num_relations,
+            "known_facts": self.bundle.known.num_triples,
+        }
+        metrics = dict(self.bundle.info.get("metrics") or {})
+        return {"graph_version": self.bundle.graph_version, "counts": counts, "metrics": metrics}
+
+    def _find(self, part: Field, value: str) -> Named:
+        return (self.relations if part == "relation" else self.entities).find(part, value)
+
+    def _rank(
+        self, missing: Missing, queries: list[Query], parts: list[dict[str, Named]]
+    ) -> list[Ranking | NonFiniteError]:
+        """Score one slice of queries that ask for the same part, and rank each row."""
+        first, second = [name for name in ("head", "relation", "tail") if name != missing]
+        a, b = _indices([p[first] for p in parts]), _indices([p[second] for p in parts])
+        known = self.bundle.known
+        with torch.inference_mode():
+            if missing == "tail":
+                scores, (rows, values) = self.bundle.score_tails(a, b), known.tails(a, b)
+            elif missing == "head":
+                scores, (rows, values) = self.bundle.score_heads(a, b), known.heads(a, b)
+            else:
+                scores, (rows, values) = self.bundle.score_relations(a, b), known.relations(a, b)
+        matrix = _floats(scores)
+        answers: list[Ranking | NonFiniteError] = []
+        for i, (query, found) in enumerate(zip(queries, parts, strict=True)):
+            if not np.isfinite(matrix[i]).all():
+                answers.append(_not_finite(self.version, f"{found[first].id} {found[second].id}"))
+                continue
+            answers.append(self._answer(missing, query, found, matrix[i], values[rows == i]))
+        return answers
+
+    def _answer(
+        self,
+        missing: Missing,
+        query: Query,
+        found: dict[str, Named],
+        scores: Floats,
+        known: npt.NDArray[np.int64],
+    ) -> Ranking:
+        table = self.relations if missing == "relation" else self.entities
+        order = top_k(scores, query.top_k, without=known if query.filter_known else None)
+        facts = set() if query.filter_known else set(known.tolist())
+        predictions = []
+        for rank, index in enumerate(order.tolist(), start=1):
+            row = table.row(index)
+            predictions.append(Prediction(rank, row.id, row.name, float(scores[index]), index in facts))
+        return Ranking(
+            missing, found.get("head"), found.get("relation"), found.get("tail"), tuple(predictions)
+        )
+
+
+def top_k(scores: Floats, count: int, without: npt.NDArray[np.int64] | None = None) -> npt.NDArray[np.int64]:
+    """Indices of the ``count`` highest of ``scores`` (N,), best first; of equal scores the lower index first.
+
+    A partial sort: N comparisons to find the threshold, and only what passes it is sorted. Equal to the
+    head of a stable full sort, ties at the threshold too. ``without``: indices that may not come back; fewer
+    than ``count`` are returned when fewer are left.
+    """
+    if without is not None and len(without):
+        allowed = np.ones(len(scores), dtype=bool)
+        allowed[without] = False
+        left = np.flatnonzero(allowed)
+        return left[top_k(scores[left], count)]
+    if count < len(scores):
+        threshold = np.partition(scores, len(scores) - count)[len(scores) - count]
+        above = np.flatnonzero(scores > threshold)
+        level = np.flatnonzero(scores == threshold)[: count - len(above)]
+        chosen = np.sort(np.concatenate([above, level]))
+    else:
+        chosen = np.arange(len(scores))
+    order: npt.NDArray[np.int64] = chosen[np.argsort(-scores[chosen], kind="stable")]
+    return order
+
+
+def _indices(rows: Sequence[Named]) -> torch.Tensor:
+    return torch.tensor([row.index for row in rows], dtype=torch.int64)
+
+
+def _floats(scores: torch.Tensor) -> Floats:
+    array: Floats = scores.detach().to("cpu", torch.float32).numpy()
+    return array
+
+
+def _not_finite(version: str, what: str) -> NonFiniteError:
+    return NonFiniteError(f"model {version} gives a score that is not a number for {what}")

@@ -1,0 +1,183 @@
+"""What goes over the wire, as pydantic models: strict types, no unknown fields, examples for OpenAPI."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Term = Annotated[
+    str,
+    Field(min_length=1, max_length=1024, description="External id, or a name that only one row has."),
+]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class PredictRequest(_Body):
+    """Two of `head`, `relation`, `tail`; the third, left out or null, is what is asked for."""
+
+    head: Term | None = None
+    relation: Term | None = None
+    tail: Term | None = None
+    top_k: Annotated[int, Field(ge=1, description="How many answers, best first.")] = 10
+    filter_known: Annotated[
+        bool, Field(description="Leave out what train, valid or test hold already; otherwise it is marked.")
+    ] = False
+
+    @model_validator(mode="after")
+    def _two_of_three(self) -> PredictRequest:
+        given = [name for name in ("head", "relation", "tail") if getattr(self, name) is not None]
+        if len(given) != 2:
+            found = ", ".join(given) or "none"
+            raise ValueError(f"give exactly two of head, relation, tail; found {found}")
+        return self
+
+
+class TripleBody(_Body):
+    """A triple to score."""
+
+    head: Term
+    relation: Term
+    tail: Term
+
+
+class ScoreRequest(_Body):
+    """Either one triple (`head`, `relation`, `tail`) or a list of them (`triples`)."""
+
+    head: Term | None = None
+    relation: Term | None = None
+    tail: Term | None = None
+    triples: Annotated[list[TripleBody], Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one_form(self) -> ScoreRequest:
+        given = [name for name in ("head", "relation", "tail") if getattr(self, name) is not None]
+        if self.triples is not None and given:
+            raise ValueError(f"give triples, or one triple, not both; found triples and {', '.join(given)}")
+        if self.triples is None and len(given) != 3:
+            found = ", ".join(given) or "none"
+            raise ValueError(f"give head, relation and tail, or a list called triples; found {found}")
+        return self
+
+    def as_list(self) -> list[TripleBody]:
+        """The triples asked about, whichever form was used."""
+        if self.triples is not None:
+            return self.triples
+        # The validator above has seen to it that all three are there.
+        return [TripleBody.model_construct(head=self.head, relation=self.relation, tail=self.tail)]
+
+
+class ModelRef(BaseModel):
+    """Which model answered; `version` is the version of its artifact."""
+
+    name: str
+    version: str
+
+
+class Item(BaseModel):
+    """An entity or a relation."""
+
+    id: str
+    name: str
+
+
+class QueryEcho(BaseModel):
+    """The query as it was understood: ids resolved, the part asked for null."""
+
+    head: Item | None
+    relation: Item | None
+    tail: Item | None
+    top_k: int
+    filter_known: bool
+
+
+class PredictionBody(BaseModel):
+    """One answer; a higher `score` is a better one, scores of different queries do not compare."""
+
+    rank: int
+    id: str
+    name: str
+    score: float
+    known: Annotated[bool, Field(description="The graph holds this fact already.")]
+
+
+class PredictResponse(BaseModel):
+    """Ranked answers; equal scores stand in the order of the entity table."""
+
+    model: ModelRef
+    query: QueryEcho
+    missing: Literal["head", "relation", "tail"]
+    predictions: list[PredictionBody]
+
+
+class ScoreBody(BaseModel):
+    """The score of a triple: the mean of its score as (head, relation, ?) and as (?, relation, tail)."""
+
+    head: Item
+    relation: Item
+    tail: Item
+    score: float
+    known: Annotated[bool, Field(description="The graph holds this fact already.")]
+
+
+class ScoreResponse(BaseModel):
+    """Scores in the order of the request."""
+
+    model: ModelRef
+    scores: list[ScoreBody]
+
+
+class Counts(BaseModel):
+    """Sizes of the graph the model answers about."""
+
+    entities: int
+    relations: int
+    known_facts: int
+
+
+class Limits(BaseModel):
+    """What a request may ask for."""
+
+    max_top_k: int
+    max_triples: int
+    max_body_bytes: int
+    request_timeout_s: float
+
+
+class ModelInfo(BaseModel):
+    """What is being served."""
+
+    model: ModelRef
+    graph_version: str
+    counts: Counts
+    metrics: Annotated[dict[str, Any], Field(description="As measured when the model was made.")]
+    limits: Limits
+
+
+class Status(BaseModel):
+    """The answer of the health endpoints."""
+
+    status: Literal["ok"]
+
+
+class ProblemError(BaseModel):
+    """One thing wrong with the request."""
+
+    pointer: Annotated[str, Field(description="JSON pointer into the request body.")]
+    detail: str
+    near: Annotated[list[str], Field(description="External ids that may have been meant.")] = []
+
+
+class ProblemBody(BaseModel):
+    """RFC 9457 problem details, media type application/problem+json."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    instance: str
+    request_id: str
+    errors: list[ProblemError] = []
