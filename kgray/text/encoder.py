@@ -1,0 +1,248 @@
+"""Texts to vectors with any Hugging Face encoder: torch and transformers, no Ray.
+
+What makes it fast on a CPU: bfloat16 products (oneDNN on avx512_bf16 or amx, twice the float32 rate), and
+batches of texts with the same number of tokens, so that almost nothing is padding and no attention mask is
+needed.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kgray.errors import ConfigError, EncoderError
+from kgray.text.config import Pooling, Precision
+from kgray.text.places import EncoderPlace, find_encoder
+
+__all__ = ["EncodedTexts", "EncoderPlace", "TextEncoder", "find_encoder", "plan_batches", "resolve_precision"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EncodedTexts:
+    """``vectors``: (n, dim) float32, a zero row for a text without tokens; ``truncated``: texts cut at
+    max_length; ``tokens``: tokens read, without padding; ``padding``: tokens of padding read besides."""
+
+    vectors: NDArray[np.float32]
+    truncated: int
+    tokens: int
+    padding: int
+
+
+def resolve_precision(precision: Precision, device: str = "cpu") -> Literal["float32", "bfloat16"]:
+    """What ``auto`` means here: bfloat16 where the processor multiplies in it. Imports nothing heavy."""
+    if precision != "auto":
+        return precision
+    if device == "cuda":
+        return "bfloat16"
+    return "bfloat16" if _cpu_has_bfloat16() else "float32"
+
+
+def _cpu_has_bfloat16() -> bool:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    flags = {
+        word
+        for line in text.splitlines()
+        if line.lower().startswith(("flags", "features"))
+        for word in line.split()
+    }
+    arm = platform.machine() in ("aarch64", "arm64") and "bf16" in flags
+    return arm or bool(flags & {"avx512_bf16", "amx_bf16"})
+
+
+def plan_batches(lengths: Sequence[int] | NDArray[np.int64], budget: int) -> list[NDArray[np.int64]]:
+    """Indices of the texts in each batch; texts of length 0 are in none.
+
+    Texts are taken by length, longest first, so that a batch that fits is followed only by smaller ones. A
+    batch ends where the length changes, unless it holds less than a quarter of ``budget`` tokens: then the
+    next shorter texts join it, padded by at most an eighth. No batch holds more than ``budget`` tokens,
+    padding included, but for a single text longer than that.
+    """
+    sizes = np.asarray(lengths, dtype=np.int64)
+    order = np.argsort(-sizes, kind="stable")
+    order = order[sizes[order] > 0]
+    batches: list[NDArray[np.int64]] = []
+    begin = 0
+    while begin < order.size:
+        longest = int(sizes[order[begin]])
+        most = max(1, budget // longest)
+        window = sizes[order[begin : begin + most]]
+        same = int(np.searchsorted(-window, -longest, side="right"))
+        if same * longest * 4 >= budget:
+            count = same
+        else:
+            count = int(np.searchsorted(-window, -(longest - max(1, longest // 8)), side="right"))
+        batches.append(order[begin : begin + count])
+        begin += count
+    return batches
+
+
+class TextEncoder:
+    """A loaded encoder.
+
+    ``path``: its directory; ``precision``: float32, bfloat16 or auto; ``threads``: of torch, None leaves
+    them; ``device``: cpu or cuda. Raises EncoderError for a directory that transformers cannot read,
+    ConfigError for a ``max_length`` beyond what the encoder has positions for, or a pooling it does not have.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        pooling: Pooling = "mean",
+        max_length: int = 128,
+        normalise: bool = True,
+        precision: Precision = "auto",
+        batch_tokens: int = 2048,
+        threads: int | None = None,
+        device: str = "cpu",
+    ) -> None:
+        import torch
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.precision = resolve_precision(precision, device)
+        self.pooling, self.max_length, self.normalise = pooling, max_length, normalise
+        self.batch_tokens, self.device = batch_tokens, device
+        dtype = torch.bfloat16 if self.precision == "bfloat16" else torch.float32
+        self._tokenizer, self._model = _load(path, dtype, pooling)
+        self._model.to(device)
+        self._pad = self._tokenizer.pad_token_id
+        if self._pad is None:  # decoders often have none; what is padded is masked, so any token will do
+            self._pad = self._tokenizer.eos_token_id or 0
+        self.dim = int(self._model.config.hidden_size)
+        self._check_length()
+
+    def encode(self, texts: Sequence[str]) -> EncodedTexts:
+        """Vectors of texts, in their order; the same text gives the same vector whatever stands beside it (to
+        rounding)."""
+        import torch
+
+        tokens, truncated = self._tokenise(texts)
+        out = np.zeros((len(texts), self.dim), dtype=np.float32)
+        padding = 0
+        with torch.inference_mode():
+            for rows in plan_batches([len(ids) for ids in tokens], self.batch_tokens):
+                batch = [tokens[row] for row in rows]
+                padding += len(batch) * len(batch[0]) - sum(map(len, batch))
+                out[rows] = self._forward(batch).cpu().numpy()
+        return EncodedTexts(out, truncated, sum(map(len, tokens)), padding)
+
+    def _forward(self, batch: list[list[int]]) -> Any:
+        """(B, dim) float32 vectors of token lists, longest first."""
+        import torch
+
+        longest, shortest = len(batch[0]), len(batch[-1])
+        ids = torch.tensor([row + [self._pad] * (longest - len(row)) for row in batch], device=self.device)
+        lengths = torch.tensor([len(row) for row in batch], device=self.device)
+        mask = None
+        if shortest < longest:
+            mask = torch.arange(longest, device=self.device)[None, :] < lengths[:, None]
+        # Without padding a mask of ones only costs time; transformers takes its absence for "all are tokens".
+        given = {} if mask is None else {"attention_mask": mask.long()}
+        output = self._model(input_ids=ids, **given)
+        vectors = self._pool(output, mask, lengths)
+        return torch.nn.functional.normalize(vectors, dim=-1) if self.normalise else vectors
+
+    def _pool(self, output: Any, mask: Any, lengths: Any) -> Any:
+        import torch
+
+        if self.pooling == "pooler":
+            return output.pooler_output.float()
+        states = output.last_hidden_state
+        if self.pooling == "cls":
+            return states[:, 0].float()
+        if self.pooling == "last":
+            return states[torch.arange(len(states), device=states.device), lengths - 1].float()
+        if mask is None:
+            return states.float().mean(dim=1)
+        return (states.float() * mask[:, :, None]).sum(dim=1) / lengths[:, None]
+
+    def _tokenise(self, texts: Sequence[str]) -> tuple[list[list[int]], int]:
+        kept = [row for row, text in enumerate(texts) if text.strip()]
+        tokens: list[list[int]] = [[] for _ in texts]
+        if not kept:
+            return tokens, 0
+        # A lone surrogate cannot be written as UTF-8, which the tokenizer needs.
+        clean = [texts[row].encode("utf-8", "replace").decode("utf-8") for row in kept]
+        encoded = self._tokenizer(
+            clean, truncation=True, max_length=self.max_length, return_attention_mask=False, verbose=False
+        )
+        for row, ids in zip(kept, encoded["input_ids"], strict=True):
+            tokens[row] = ids
+        return tokens, self._count_truncated(clean, encoded)
+
+    def _count_truncated(self, texts: list[str], encoded: Any) -> int:
+        if encoded.encodings is not None:
+            return sum(1 for encoding in encoded.encodings if encoding.overflowing)
+        full = [
+            text for text, ids in zip(texts, encoded["input_ids"], strict=True) if len(ids) >= self.max_length
+        ]
+        if not full:
+            return 0
+        whole = self._tokenizer(full, truncation=False, verbose=False)["input_ids"]
+        return sum(1 for ids in whole if len(ids) > self.max_length)
+
+    def _check_length(self) -> None:
+        config = self._model.config
+        positions = getattr(config, "max_position_embeddings", None)
+        limit = int(positions) if positions else 2**31
+        # RoBERTa and its kin number their positions from the padding token on.
+        embeddings = getattr(getattr(self._model, "embeddings", None), "position_embeddings", None)
+        padding = getattr(embeddings, "padding_idx", None)
+        if padding is not None:
+            limit -= int(padding) + 1
+        if self.max_length > limit:
+            raise ConfigError("text.max_length", self.max_length, f"at most {limit} tokens with this encoder")
+
+
+def _load(path: str, dtype: Any, pooling: str) -> tuple[Any, Any]:
+    import transformers
+    from transformers import AutoModel, AutoTokenizer
+
+    transformers.utils.logging.disable_progress_bar()
+    noise = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()  # what the checkpoint lacks is told below
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        model, info = AutoModel.from_pretrained(
+            path,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        # transformers raises whatever the faulty file made it raise; the user needs place and reason.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise EncoderError(f"the encoder at {path} cannot be loaded: {reason[:300]}") from error
+    finally:
+        transformers.utils.logging.set_verbosity(noise)
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
+    if missing:
+        raise EncoderError(
+            f"the encoder at {path} lacks weights: {', '.join(missing[:3])} ({len(missing)} in all)"
+        )
+    has_pooler = getattr(model, "pooler", None) is not None
+    if pooling == "pooler" and (
+        not has_pooler or any(key.startswith("pooler.") for key in info["missing_keys"])
+    ):
+        raise ConfigError("text.pooling", pooling, "mean, cls or last: this encoder has no trained pooler")
+    if model.config.is_encoder_decoder:
+        model = model.get_encoder()
+    model.config.use_cache = False  # decoders would keep keys and values of every layer for nothing
+    if not hasattr(model.config, "hidden_size"):
+        raise EncoderError(f"the model at {path} ({model.config.model_type}) is no text encoder")
+    return tokenizer, model.eval()
