@@ -49,7 +49,7 @@ class Strata:
         average at least 1.5 distinct entities there for one entity of the other side. A relation absent from
         train is "untrained".
         """
-        train = np.unique(np.asarray(train, dtype=np.int64).reshape(-1, 3), axis=0)
+        train = distinct_triples(train)
         seen = np.zeros(num_entities, dtype=bool)
         seen[train[:, 0]] = True
         seen[train[:, 2]] = True
@@ -59,6 +59,15 @@ class Strata:
         cardinality = (per_head >= 1.5) + 2 * (per_tail >= 1.5)
         cardinality[triples == 0] = CARDINALITIES.index("untrained")
         return cls(cardinality.astype(np.int8), seen)
+
+
+def distinct_triples(triples: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """(m, 3) int64: each of ``triples`` (n, 3) once, sorted by head, relation, tail."""
+    rows = np.asarray(triples, dtype=np.int64).reshape(-1, 3)
+    rows = rows[np.lexsort(rows.T[::-1])]
+    fresh = np.ones(len(rows), dtype=bool)
+    fresh[1:] = (rows[1:] != rows[:-1]).any(axis=1)
+    return rows[fresh]
 
 
 def _distinct(
