@@ -1,11 +1,11 @@
-"""From triples and text to a traced HTTP answer: ingest, embed, train, evaluate, deploy, each where it is needed.
+"""From triples and text to a traced HTTP answer: ingest, embed, train, evaluate, deploy, each by need.
 
-    python -m jobs.pipeline configs/quickstart.yaml
-    python -m jobs.pipeline configs/quickstart.yaml --keep-serving
-    python -m jobs.pipeline configs/quickstart.yaml storage.root=/tmp/kgray train.epochs=1 model.dim=64   # a smoke test
-    python -m jobs.pipeline configs/quickstart.yaml text=null         # without text
-    python -m jobs.pipeline configs/quickstart.yaml --show-config
-    ray job submit --working-dir . -- python -m jobs.pipeline configs/quickstart.yaml
+python -m jobs.pipeline configs/quickstart.yaml
+python -m jobs.pipeline configs/quickstart.yaml --keep-serving
+python -m jobs.pipeline configs/quickstart.yaml storage.root=/tmp/kgray train.epochs=1   # smoke test
+python -m jobs.pipeline configs/quickstart.yaml text=null         # without text
+python -m jobs.pipeline configs/quickstart.yaml --show-config
+ray job submit --working-dir . -- python -m jobs.pipeline configs/quickstart.yaml
 """
 
 from kgray.pipeline.command import main

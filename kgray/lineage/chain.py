@@ -20,8 +20,8 @@ _SHORTEST = 4
 class Node:
     """An artifact or an input file, and what it was made from.
 
-    version: 16 hex digits of an artifact, the whole sha256 (64) of a file. problem: what is wrong with it, as far as
-    it was looked at; None where nothing is. checked: whether content was compared with its hashes.
+    version: 16 hex digits of an artifact, the whole sha256 (64) of a file. problem: what is wrong with it, as
+    far as it was looked at; None where nothing is. checked: whether content was compared with its hashes.
     """
 
     kind: str
@@ -53,8 +53,8 @@ class Node:
 def trace(target: str, stores: Sequence[Store], *, verify: bool = False) -> Node:
     """The chain of an artifact given by URI or by (a beginning of) its version.
 
-    stores: where versions are looked up, and inputs that no longer lie where the manifest says. verify: also hash
-    every file of every artifact and every input file, and note what differs in ``problem``.
+    stores: where versions are looked up, and inputs that no longer lie where the manifest says. verify: also
+    hash every file of every artifact and every input file, and note what differs in ``problem``.
 
     Raises ArtifactNotFoundError when no artifact answers to ``target``.
     """
@@ -62,8 +62,9 @@ def trace(target: str, stores: Sequence[Store], *, verify: bool = False) -> Node
 
 
 def find(target: str, stores: Sequence[Store]) -> Artifact:
-    """The artifact of a URI, a version, ``kind/version``, or an unmistakable beginning of a version (four digits at
-    least), from the first store that has it. Damaged ones are found too: the chain shows what is wrong with them.
+    """The artifact of a URI, a version, ``kind/version``, or an unmistakable beginning of a version (four
+    digits at least), from the first store that has it. Damaged ones are found too: the chain shows what is
+    wrong with them.
 
     Raises ArtifactNotFoundError.
     """
@@ -85,7 +86,8 @@ def _matches(store: Store, kind: str, version: str) -> list[Artifact]:
     if len(version) < _SHORTEST or "/" in kind:
         return []
     found = [a for a in store.list(kind or None) if a.version.startswith(version)]
-    return list({(a.kind, a.version): a for a in found}.values())  # of several attempts the oldest, it comes last
+    # Of several attempts at one version the oldest counts, and it comes last.
+    return list({(a.kind, a.version): a for a in found}.values())
 
 
 @dataclass
@@ -121,7 +123,9 @@ class _Tracer:
             return self.done[key]
         artifact = self._locate(source)
         if artifact is None:
-            return Node(source.kind, source.version, source.uri, problem="is gone; its own inputs are unknown")
+            return Node(
+                source.kind, source.version, source.uri, problem="is gone; its own inputs are unknown"
+            )
         return self.artifact_node(artifact)
 
     def _locate(self, source: Source) -> Artifact | None:

@@ -13,14 +13,15 @@ class LineageConfig:
     enabled: bool = option(True, "Whether runs are recorded in MLflow at all.")
     tracking_uri: str | None = option(
         None,
-        "MLflow tracking URI; null takes $MLFLOW_TRACKING_URI, else the SQLite file mlflow.db in storage.root.",
+        "MLflow tracking URI; null: $MLFLOW_TRACKING_URI, else the SQLite file mlflow.db in storage.root.",
     )
     experiment: str = option("kgray", "MLflow experiment of the runs.")
     registered_model: str | None = option(
         "kgray", "Name trained models are registered under; null registers none."
     )
     timeout_s: float = option(
-        5.0, "Seconds to wait for MLflow; one that does not answer is named once and the job goes on without it."
+        5.0,
+        "Seconds to wait for MLflow; one that does not answer is named once and the job goes on without it.",
     )
 
     def __post_init__(self) -> None:
@@ -28,4 +29,6 @@ class LineageConfig:
             raise ConfigError("timeout_s", self.timeout_s, "a number of seconds above 0")
         for key in ("tracking_uri", "experiment", "registered_model"):
             if getattr(self, key) == "":
-                raise ConfigError(key, "", "text that is not empty" + ("" if key == "experiment" else ", or null"))
+                raise ConfigError(
+                    key, "", "text that is not empty" + ("" if key == "experiment" else ", or null")
+                )

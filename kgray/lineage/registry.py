@@ -1,8 +1,8 @@
 """The model registry: every trained model a version, and which of them is the champion. Floor 3.
 
 The rule, applied when a model is registered: it becomes ``champion`` where there is no champion for its graph
-version, or where its selection metric (validation MRR; never anything of test) is at least the champion's on that
-same graph version; else it becomes ``challenger``. The reason stands in words in the version's tag
+version, or where its selection metric (validation MRR; never anything of test) is at least the champion's on
+that same graph version; else it becomes ``challenger``. The reason stands in words in the version's tag
 ``kgray.alias_reason``.
 """
 
@@ -39,8 +39,8 @@ class Registered:
 
 
 def selection_metric(metrics: Mapping[str, Any]) -> tuple[str, float] | None:
-    """The metric models are chosen by: the validation MRR over both directions where there is one, else the first
-    validation MRR by name, else None."""
+    """The metric models are chosen by: the validation MRR over both directions where there is one, else the
+    first validation MRR by name, else None."""
     names = sorted(
         name
         for name, value in metrics.items()
@@ -78,7 +78,7 @@ def choose_alias(
 def register(tracker: Tracker, run: Run, model: Artifact, metrics: Mapping[str, Any]) -> Registered | None:
     """Register the model unless its version is registered already, and give it its alias.
 
-    metrics: what training measured. Returns None where MLflow is off or out of reach, or no name is configured.
+    metrics: what training measured. Returns None where MLflow is off or unreachable, or no name is set.
     """
     name = tracker.config.registered_model
     if name is None:
@@ -122,8 +122,8 @@ def _register(
 
 
 def _create(client: Any, name: str, uri: str, run_id: str | None, tags: dict[str, str]) -> Any:
-    """A new version whose source is the artifact. A tracking server refuses local paths outside its own folders;
-    there the run stands as the source, and the tag ``kgray.artifact`` says where the model is."""
+    """A new version whose source is the artifact. A tracking server refuses local paths outside its own
+    folders; there the run stands as the source, and the tag ``kgray.artifact`` says where the model is."""
     from mlflow.exceptions import MlflowException
 
     source = uri if "://" in uri else f"file://{uri}"
@@ -152,7 +152,7 @@ def graph_of(model: Artifact) -> str:
 
 
 def find_registered(tracker: Tracker, uri: str) -> str | None:
-    """The artifact URI behind ``models:/NAME@ALIAS`` or ``models:/NAME/NUMBER``; None where there is no such."""
+    """The artifact URI behind ``models:/NAME@ALIAS`` or ``models:/NAME/NUMBER``; None without one."""
     name, at, alias = uri.removeprefix("models:/").partition("@")
 
     def find(client: Any) -> str | None:

@@ -1,8 +1,9 @@
 """Runs in MLflow: what went in, what came out, how the numbers moved. Floor 3.
 
-Lineage proper is in the manifests and does not need MLflow (see chain.py); MLflow is where people look. So it may
-be absent: whatever goes wrong with it is said once, and every later call does nothing. ``mlflow`` is imported (5 s)
-when the first run begins, never earlier, and only ``MlflowClient`` is used: no process-wide state, one writer.
+Lineage proper is in the manifests and does not need MLflow (see chain.py); MLflow is where people look. So it
+may be absent: whatever goes wrong with it is said once, and every later call does nothing. ``mlflow`` is
+imported (5 s) when the first run begins, never earlier, and only ``MlflowClient`` is used: no process-wide
+state, one writer.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class Run:
             self.tracker._log_tags(self.id, {f"kgray.{name}": value for name, value in tags.items()})
 
     def output(self, artifact: Artifact) -> None:
-        """Record the artifact the run wrote: tags with its kind, version and place, and its manifest as a file."""
+        """Record the artifact the run wrote: its kind, version and place as tags, its manifest as a file."""
         self.tag(kind=artifact.kind, version=artifact.version, artifact=artifact.uri)
         run_id = self.id
         if run_id is not None:
@@ -113,8 +114,8 @@ class Tracker:
             first = str(error).strip().splitlines()
             self.problem = first[0][:300] if first else type(error).__name__
             log.warning(
-                "MLflow at %s cannot be used, so this run is not recorded there (%s). The artifacts' manifests hold "
-                "the lineage all the same.",
+                "MLflow at %s cannot be used, so this run is not recorded there (%s). The artifacts' "
+                "manifests hold the lineage all the same.",
                 _without_password(self.uri),
                 self.problem,
             )
@@ -214,7 +215,7 @@ class Tracker:
 
             datasets = [
                 DatasetInput(
-                    # A digest may have 36 characters: a version fits, a file's sha256 is cut (`source` has all of it).
+                    # A digest has 36 characters: a file's sha256 is cut, `source` has it all.
                     Dataset(
                         name=source.kind if source.kind != "file" else Path(source.uri).name,
                         digest=source.version[:_LONGEST_DIGEST],
@@ -254,7 +255,7 @@ def ray_submission_id() -> str | None:
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout this package lies in, ``-dirty`` where files differ from it; None without git."""
+    """The commit of the checkout this package lies in, ``-dirty`` where files differ; None without git."""
     here = Path(__file__).resolve().parents[2]
     if not (here / ".git").exists():
         return None
@@ -297,7 +298,7 @@ def metric_name(name: str) -> str:
     return re.sub(r"[^\w\-. :/]", "_", name.replace("@", "_at_"))
 
 
-# -- reaching MLflow ---------------------------------------------------------------------------------------------
+# -- reaching MLflow --------------------------------------------------------------------------------
 
 
 def probe(uri: str, timeout_s: float) -> None:
@@ -367,7 +368,7 @@ def _experiment(client: Any, name: str, uri: str) -> str:
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
-            # A SQLite file keeps its runs' files beside itself; MLflow would put them into the current directory.
+            # A SQLite file keeps its runs' files beside itself; MLflow would put them into ./mlruns.
             beside = (_sqlite_path(uri).parent / "mlflow").as_uri() if _is_sqlite(uri) else None
             return str(client.create_experiment(name, artifact_location=beside))
         except MlflowException:  # another job made it in between

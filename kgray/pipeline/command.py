@@ -1,8 +1,8 @@
 """The command line of every job: arguments in, exit status and one line of JSON out. Floor 6.
 
-Exit status 0: done or up to date. 2: the user's mistake, told in one line on stderr, without a traceback. 1: a
-failure of ours, with the traceback. 130: interrupted. The last line on stdout is always one JSON object; the last
-line on stderr of a failed job is its reason, which is what Ray's Jobs API shows of it.
+Exit status 0: done or up to date. 2: the user's mistake, told in one line on stderr, without a traceback. 1:
+a failure of ours, with the traceback. 130: interrupted. The last line on stdout is always one JSON object;
+the last line on stderr of a failed job is its reason, which is what Ray's Jobs API shows of it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ JOBS = {
 
 
 def main(job: str, arguments: Sequence[str] | None = None) -> int:
-    """Run a job of :data:`JOBS` with command-line arguments (those of the process by default); the exit status."""
+    """Run a job of :data:`JOBS` with these arguments (by default the process's own); the exit status."""
     parser = _parser(job)
     given = parser.parse_args(arguments)
     return guarded(job, given, lambda options: run_job(job, options))
@@ -47,7 +47,7 @@ def guarded(job: str, options: argparse.Namespace, body: Body) -> int:
     """Run ``body`` under the rules of this module; what it returns is completed to the line of JSON."""
     set_up_logging()
     begin = time.monotonic()
-    result: dict[str, Any] = {"job": job, "status": "failed", "artifact": None, "version": None}
+    result = _failed(job)
     reason, status = "", 0
     try:
         result |= body(options)
@@ -81,7 +81,9 @@ def run_job(job: str, options: argparse.Namespace) -> dict[str, Any]:
     if options.show_config:
         print(show_config(settings), flush=True)
         return {"status": "shown"}
-    return execute(job, settings, Path(options.config).stem, keep_serving=getattr(options, "keep_serving", False))
+    return execute(
+        job, settings, Path(options.config).stem, keep_serving=getattr(options, "keep_serving", False)
+    )
 
 
 def execute(job: str, settings: Settings, config_name: str, *, keep_serving: bool = False) -> dict[str, Any]:
@@ -124,7 +126,10 @@ def _parser(job: str) -> argparse.ArgumentParser:
     parser = Parser(prog=f"python -m jobs.{job}", description=JOBS[job])
     parser.add_argument("config", metavar="CONFIG", help="YAML file, such as configs/quickstart.yaml")
     parser.add_argument(
-        "overrides", metavar="key=value", nargs="*", help="dotted keys over the file's: train.epochs=3 text=null"
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        help="dotted keys over the file's: train.epochs=3 text=null",
     )
     parser.add_argument(
         "--show-config", action="store_true", help="print the whole configuration, described, and do nothing"
@@ -139,15 +144,18 @@ def _parser(job: str) -> argparse.ArgumentParser:
 class Parser(argparse.ArgumentParser):
     """Options may stand between overrides, and a wrong argument still ends in one line of JSON."""
 
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # noqa: D102
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         return self.parse_intermixed_args(args, namespace)
 
     def error(self, message: str) -> Any:
         self.print_usage(sys.stderr)
         job = self.prog.rpartition(".")[2]
-        _say({"job": job, "status": "failed", "artifact": None, "version": None, "seconds": 0.0, "metrics": {},
-              "error": message})  # fmt: skip
+        _say(_failed(job) | {"seconds": 0.0, "metrics": {}, "error": message})
         self.exit(2, f"kgray {job}: {message}\n")
+
+
+def _failed(job: str) -> dict[str, Any]:
+    return {"job": job, "status": "failed", "artifact": None, "version": None}
 
 
 def _say(result: dict[str, Any]) -> None:
@@ -155,4 +163,3 @@ def _say(result: dict[str, Any]) -> None:
     line = {key: result[key] for key in order if key in result}
     line |= {key: value for key, value in result.items() if key not in order and value is not None}
     print(json.dumps(line, ensure_ascii=False), flush=True)
-

@@ -1,10 +1,10 @@
 """Deploying: the model behind HTTP, and the artifact that keeps what it answered when it was proved. Floor 6.
 
 A deployment is a process, so "up to date" means two things. On a cluster that outlives the job (RAY_ADDRESS,
-``ray job submit``, ``ray.address``) the job always makes sure that the service answers with this model, and changes
-nothing where it does. In a Ray of the job's own the service ends with the job: it is started to prove itself once,
-the answers are kept in the ``deployment`` artifact, and later runs show those instead of starting it again, unless
-they are asked to keep serving.
+``ray job submit``, ``ray.address``) the job always makes sure that the service answers with this model, and
+changes nothing where it does. In a Ray of the job's own the service ends with the job: it is started to prove
+itself once, the answers are kept in the ``deployment`` artifact, and later runs show those instead of
+starting it again, unless they are asked to keep serving.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def deploy_step(work: Work, *, keep_serving: bool) -> str | None:
     found = work.store.find(recipe)
     if found is not None and not keep_serving and not outlives(work):
         log.info(
-            "deploy: up to date (%s %s); its service ended with the job that started it. These are the answers it "
-            "gave then; --keep-serving starts it again",
+            "deploy: up to date (%s %s); its service ended with the job that started it. Below are the answers "
+            "it gave then; --keep-serving starts it again",
             found.kind,
             found.version,
         )
@@ -94,7 +94,9 @@ def exchanges(deployment: Artifact) -> str:
     content = deployment.read_json(ANSWERS)
     lines = []
     for answer in content["answers"]:
-        lines.append(f"POST {content['url']}{answer['path']} {json.dumps(answer['request'], ensure_ascii=False)}")
+        lines.append(
+            f"POST {content['url']}{answer['path']} {json.dumps(answer['request'], ensure_ascii=False)}"
+        )
         lines.append(f"  {answer['status']} {json.dumps(answer['body'], ensure_ascii=False)}")
     return "\n".join(lines)
 

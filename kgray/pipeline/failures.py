@@ -1,7 +1,7 @@
 """Finding the user's mistake inside what Ray raises. Floor 6.
 
-An exception of a task, actor or Train worker reaches the driver wrapped, sometimes twice, sometimes as text only. A
-:class:`~kgray.errors.UserError` in there is what the user must read; all around it is noise to them.
+An exception of a task, actor or Train worker reaches the driver wrapped, sometimes twice, sometimes as text
+only. A :class:`~kgray.errors.UserError` in there is what the user must read; all around it is noise to them.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ def user_error(error: BaseException) -> str | None:
     """The one message the user must read, or None where the failure is ours.
 
     Looks through causes, contexts raised on purpose, and what Ray keeps (``RayTaskError.cause``,
-    ``WorkerGroupError.worker_failures``, ``ControllerError.controller_failure``); last into tracebacks kept as text.
+    ``WorkerGroupError.worker_failures``, ``ControllerError.controller_failure``); last into tracebacks kept
+    as text.
     """
     seen = list(_within(error))
     for one in seen:
-        # Ray's dual exceptions are UserErrors too, but their text is a traceback: their cause tells it better.
+        # Ray's dual exceptions are UserErrors too, but their text is a traceback; their cause tells it.
         if isinstance(one, UserError) and not _is_wrapper(one):
             return message(one)
     for one in seen:

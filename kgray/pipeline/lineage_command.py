@@ -13,13 +13,19 @@ from kgray.pipeline.command import Parser, guarded
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the chain of an artifact; with ``--verify``, exit status 2 where anything differs from its hash."""
+    """Print the chain of an artifact; exit status 2 where ``--verify`` finds a difference."""
     parser = Parser(prog="python -m jobs.lineage", description="from an artifact down to its input files")
-    parser.add_argument("target", metavar="URI_OR_VERSION", help="version, kind/version, URI, or models:/NAME@ALIAS")
-    parser.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file whose storage.root is looked in")
+    parser.add_argument(
+        "target", metavar="URI_OR_VERSION", help="version, kind/version, URI, or models:/NAME@ALIAS"
+    )
+    parser.add_argument(
+        "config", metavar="CONFIG", nargs="?", help="YAML file whose storage.root is looked in"
+    )
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="dotted keys over the file's")
     parser.add_argument("--storage", metavar="ROOT", help="look in this storage instead")
-    parser.add_argument("--verify", action="store_true", help="hash every artifact's and input file's content again")
+    parser.add_argument(
+        "--verify", action="store_true", help="hash every artifact's and input file's content again"
+    )
     return guarded("lineage", parser.parse_args(arguments), run)
 
 

@@ -1,8 +1,8 @@
 """Jobs as a graph of artifacts, run by one driver, each step skipped where its artifact is there. Floor 6.
 
-A step knows its inputs by the names of other steps, can tell the recipe of what it would write, and can write it.
-Running is a walk over the steps in the order of their inputs: recipe, look it up, build what is missing. That is
-also how a broken pipeline resumes. Neither Ray nor MLflow is touched until a step must run.
+A step knows its inputs by the names of other steps, can tell the recipe of what it would write, and can write
+it. Running is a walk over the steps in the order of their inputs: recipe, look it up, build what is missing.
+That is also how a broken pipeline resumes. Neither Ray nor MLflow is touched until a step must run.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ log = logging.getLogger(__name__)
 class Step:
     """One artifact of the pipeline.
 
-    needs: steps whose artifacts it reads. recipe and make read those from ``Work.artifacts``; make gets the MLflow
-    run for numbers that move, and returns the counts of the manifest. sections: configuration recorded with the run.
-    done: called in the run after the artifact is published (to register a model).
+    needs: steps whose artifacts it reads. recipe and make read those from ``Work.artifacts``; make gets the
+    MLflow run for numbers that move, and returns the counts of the manifest. sections: configuration recorded
+    with the run. done: called in the run after the artifact is published (to register a model).
     """
 
     name: str
@@ -54,7 +54,8 @@ class Outcome:
 
 @dataclass
 class Work:
-    """One run of the driver: what is configured, what has been built, and Ray and MLflow once something needs them.
+    """One run of the driver: what is configured, what has been built, and Ray and MLflow once something needs
+    them.
 
     A context manager: leaving it ends the MLflow run and the Ray session it began.
     """
@@ -97,7 +98,9 @@ class Work:
         """The step's run in MLflow, nested under the one of this driver."""
         tags = job_tags()
         if self.parent is None:
-            whole = self.tracker.run(self.name, params=to_dict(self.settings), tags={**tags, "kgray.job": self.name})
+            whole = self.tracker.run(
+                self.name, params=to_dict(self.settings), tags={**tags, "kgray.job": self.name}
+            )
             self.parent = self._stack.enter_context(whole)
         params = {name: to_dict(getattr(self.settings, name)) for name in sections}
         tags |= {"kgray.job": step, "kgray.version": recipe.version}
@@ -123,7 +126,9 @@ class Work:
             if step.done is not None:
                 step.done(self, run, built.artifact)
         outcome = self.record(step.name, built.artifact, begin, up_to_date=built.up_to_date)
-        log.info("%s: %s %s in %.1f s", step.name, built.artifact.kind, built.artifact.version, outcome.seconds)
+        log.info(
+            "%s: %s %s in %.1f s", step.name, built.artifact.kind, built.artifact.version, outcome.seconds
+        )
         return outcome
 
     def record(self, step: str, artifact: Artifact, begin: float, *, up_to_date: bool) -> Outcome:

@@ -22,8 +22,8 @@ _COLUMNS = ("mrr", "hits@1", "hits@3", "hits@10")
 
 
 def result(job: str, work: Work) -> dict[str, Any]:
-    """Fields of the line of JSON. The artifact is the one the job is for (of pipeline: the model); metrics are the
-    numbers of the report where the job measures, else the artifact's counts."""
+    """Fields of the line of JSON. The artifact is the one the job is for (of pipeline: the model); metrics
+    are the numbers of the report where the job measures, else the artifact's counts."""
     artifact = work.artifacts[_TARGET[job]]
     measured = work.artifacts["evaluate"] if job == "pipeline" else artifact
     statuses = {outcome.step: outcome.status for outcome in work.outcomes}
@@ -55,7 +55,8 @@ def metrics_of(artifact: Artifact) -> dict[str, float]:
 
 
 def table(work: Work) -> str:
-    """Model, ablations and baselines side by side, a row each, by filtered realistic rank in both directions."""
+    """Model, ablations and baselines side by side, a row each, by filtered realistic rank in both
+    directions."""
     rows: list[tuple[str, dict[str, float]]] = []
     for step, artifact in work.artifacts.items():
         job, _, variant = step.partition(" ")

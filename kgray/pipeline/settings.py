@@ -21,8 +21,8 @@ class StorageConfig:
 
     root: ConfigPath = option(
         REQUIRED,
-        "Folder or URI (s3://, gs://, whatever pyarrow or fsspec open) of all artifacts; on a cluster every node "
-        "must reach it, and it must outlive the job, because the service reads the model from it.",
+        "Folder or URI (s3://, gs://, whatever pyarrow or fsspec open) of all artifacts; on a cluster every "
+        "node must reach it, and it must outlive the job, because the service reads the model from it.",
     )
 
     def __post_init__(self) -> None:
@@ -46,8 +46,7 @@ class Settings:
     ray: RayConfig = option(RayConfig, "The Ray cluster to start or to join.")
 
     def __post_init__(self) -> None:
-        # `text: null` alone must do: a model that would read text is then the same model without its text side.
-        # Frozen only towards others: this is the one place where the tree is still being made.
+        # `text: null` alone must do: a model that would read text is then the same model without its text
+        # side. Frozen only towards others: this is the one place where the tree is still being made.
         if self.text is None and self.model.text.kind != "none":
             object.__setattr__(self, "model", ablation(self.model, "graph_only"))
-

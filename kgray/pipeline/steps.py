@@ -4,7 +4,8 @@
                          \\----------/        \\-> deployment
     documents   -> corpus
 
-Every room is imported when its step is looked at, so that an up-to-date pipeline loads neither torch nor a model.
+Every room is imported when its step is looked at, so that an up-to-date pipeline loads neither torch nor a
+model.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from kgray.lineage.tracking import Run, numeric
 from kgray.model.config import Ablation, ModelConfig, ablation
 from kgray.pipeline.plan import Step, Work
 from kgray.pipeline.settings import Settings
+from kgray.text.config import TextConfig
 
 ABLATIONS: tuple[Ablation, ...] = ("text_only", "graph_only")
 """Variants trained and measured beside the model when ``evaluate.ablations`` is on."""
@@ -30,7 +32,8 @@ def steps_of(settings: Settings) -> list[Step]:
     if settings.data.documents is not None:
         steps.append(Step("corpus", (), _corpus_recipe, _corpus, ("data",)))
     if settings.text is not None:
-        steps.append(Step("embed", ("ingest",), _embed_recipe, _embed, ("text",)))
+        recipe, make = partial(_embed_recipe, text=settings.text), partial(_embed, text=settings.text)
+        steps.append(Step("embed", ("ingest",), recipe, make, ("text",)))
     steps += _model_steps(settings, settings.model, "", _register)
     for which in ablations_of(settings):
         steps += _model_steps(settings, ablation(settings.model, which), f" {which}", None)
@@ -103,16 +106,16 @@ def _corpus(work: Work, draft: Draft, run: Run) -> Mapping[str, Any]:
     return ingest_corpus(draft, work.settings.data)
 
 
-def _embed_recipe(work: Work) -> Recipe:
+def _embed_recipe(work: Work, text: TextConfig) -> Recipe:
     from kgray.text.embed import embed_recipe
 
-    return embed_recipe(work.store, work.settings.text, work.artifacts["ingest"])
+    return embed_recipe(work.store, text, work.artifacts["ingest"])
 
 
-def _embed(work: Work, draft: Draft, run: Run) -> Mapping[str, Any]:
+def _embed(work: Work, draft: Draft, run: Run, text: TextConfig) -> Mapping[str, Any]:
     from kgray.text.embed import embed
 
-    return embed(draft, work.settings.text, work.artifacts["ingest"], work.store)
+    return embed(draft, text, work.artifacts["ingest"], work.store)
 
 
 def _vectors(work: Work, model: ModelConfig) -> Artifact | None:
@@ -130,9 +133,7 @@ def _train(work: Work, draft: Draft, run: Run, model: ModelConfig) -> Mapping[st
     from kgray.training.distributed import train
 
     graph, vectors = work.artifacts["ingest"], _vectors(work, model)
-    return train(
-        draft, work.store, model, work.settings.train, graph, vectors, on_metrics=run.metrics
-    )
+    return train(draft, work.store, model, work.settings.train, graph, vectors, on_metrics=run.metrics)
 
 
 def _register(work: Work, run: Run, model: Artifact) -> None:
@@ -142,8 +143,8 @@ def _register(work: Work, run: Run, model: Artifact) -> None:
 
 
 def register_again(work: Work) -> None:
-    """Register a model that was up to date, in case MLflow was out of reach when it was trained. Nothing happens
-    where it is registered, or where this driver has no run in MLflow."""
+    """Register a model that was up to date, in case MLflow was out of reach when it was trained. Nothing
+    happens where it is registered, or where this driver has no run in MLflow."""
     model = work.artifacts.get("train")
     fresh = {outcome.step for outcome in work.outcomes if outcome.status == "done"}
     if work.parent is not None and model is not None and "train" not in fresh:
