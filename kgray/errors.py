@@ -91,6 +91,10 @@ class StorageError(UserError):
     """The storage refused: full disk, missing rights, unreachable."""
 
 
+class ClusterError(UserError):
+    """A Ray cluster cannot be joined or started."""
+
+
 class TrainingError(UserError):
     """Training cannot go on, by data or configuration: a non-finite loss, too few resources."""
 
