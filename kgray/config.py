@@ -1,4 +1,5 @@
-"""Typed configuration: declared beside each component, read from YAML, strict. Floor 2, stdlib only at import.
+"""Typed configuration: declared beside each component, read from YAML, strict. Floor 2, stdlib only at
+import.
 
 A component declares what it may be told::
 
@@ -11,11 +12,12 @@ A component declares what it may be told::
             if self.max_length <= 0:
                 raise ConfigError("max_length", self.max_length, "a positive number of tokens")
 
-and ``load_config(Settings, "configs/quickstart.yaml", ["text.max_length=64"])`` fills a tree of them. Types that may
-be used: bool, int, float, str, ``Literal``, ``X | None``, unions, ``list``, ``tuple``, ``dict[str, X]``, other
-configurations, :data:`ConfigPath` and :data:`ConfigPathOrName`. Values are taken as they are typed: no text becomes
-a number; only a whole number may stand for a float. Errors are :class:`~kgray.errors.ConfigError` with the full
-dotted key, and file and line where the key came from a file.
+and ``load_config(Settings, "configs/quickstart.yaml", ["text.max_length=64"])`` fills a tree of them. Types
+that may be used: bool, int, float, str, ``Literal``, ``X | None``, unions, ``list``, ``tuple``, ``dict[str,
+X]``, other configurations, :data:`ConfigPath` and :data:`ConfigPathOrName`. Values are taken as they are
+typed: no text becomes a number; only a whole number may stand for a float. Errors are
+:class:`~kgray.errors.ConfigError` with the full dotted key, and file and line where the key came from a
+file.
 """
 
 from __future__ import annotations
@@ -35,14 +37,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class PathMark:
-    """Marks text that names a place. ``or_name``: it may as well be a name, and is a path only if it looks like one
-    (starts with ``/``, ``.`` or ``~``) or exists."""
+    """Marks text that names a place. ``or_name``: it may as well be a name, and is a path only if it looks
+    like one (starts with ``/``, ``.`` or ``~``) or exists."""
 
     or_name: bool = False
 
 
 ConfigPath = Annotated[str, PathMark()]
-"""A path or URI. Relative ones are relative to the YAML they stand in (on the command line: to where it is run)."""
+"""A path or URI. Relative ones are relative to the YAML they stand in (on the command line: to where it is
+run)."""
 
 ConfigPathOrName = Annotated[str, PathMark(or_name=True)]
 """A path, or else a name such as that of a Hugging Face model."""
@@ -60,8 +63,8 @@ REQUIRED: Any = _Required()
 def option(default: Any, description: str) -> Any:
     """A described field of a configuration.
 
-    ``default`` may be a configuration class (a section, built from its own defaults), a list or dict (copied), a
-    plain value, or ``REQUIRED``.
+    ``default`` may be a configuration class (a section, built from its own defaults), a list or dict
+    (copied), a plain value, or ``REQUIRED``.
     """
     metadata = {"description": description}
     if default is REQUIRED:
@@ -82,10 +85,11 @@ def configuration(cls: type[T]) -> type[T]:
 def load_config(cls: type[T], path: str, overrides: Sequence[str] = ()) -> T:
     """Read a YAML file and dotted overrides (``train.epochs=3``) into ``cls``.
 
-    ``${VAR}`` and ``${VAR:-default}`` are replaced in every text (``$${`` stands for ``${``). Override values are
-    YAML: ``text=null``, ``data.triples={train: a.tsv}``.
+    ``${VAR}`` and ``${VAR:-default}`` are replaced in every text (``$${`` stands for ``${``). Override
+    values are YAML: ``text=null``, ``data.triples={train: a.tsv}``.
 
-    Raises ConfigError: unreadable file, bad YAML, a key that is unknown, given twice or missing, a wrong value.
+    Raises ConfigError: unreadable file, bad YAML, a key that is unknown, given twice or missing, a wrong
+    value.
     """
     from kgray.config_text import read_settings
 
@@ -130,12 +134,13 @@ def description(config_field: dataclasses.Field[Any]) -> str:
     return str(config_field.metadata.get("description", ""))
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------
 # Reading a plain value as a type. ``place(text, mark, key)`` resolves a path; None leaves paths alone.
 
 
 class EnvText(str):
-    """Text that came out of an environment variable: unlike other text it may stand for a number or a bool."""
+    """Text that came out of an environment variable: unlike other text it may stand for a number or a
+    bool."""
 
     __slots__ = ()
 
@@ -144,11 +149,12 @@ def _value(kind: Any, value: Any, key: str, place: Any) -> Any:
     origin = get_origin(kind)
     if origin is Annotated:
         inner, *marks = get_args(kind)
-        value = _value(inner, value, key, place)
-        for mark in marks:
-            if isinstance(mark, PathMark) and place is not None and isinstance(value, str):
-                value = place(value, mark, key)
-        return value
+        mark = next((m for m in marks if isinstance(m, PathMark)), None)
+        if mark is None:
+            return _value(inner, value, key, place)
+        if not isinstance(value, str) or not value:
+            raise ConfigError(key, value, describe(kind))
+        return place(value, mark, key) if place is not None else str(value)
     if is_dataclass(kind):
         return _section(typing.cast(type, kind), {} if value is None else value, key, place)
     if origin in (Union, types.UnionType):
@@ -196,8 +202,9 @@ def _unknown(key: str, name: str, known: list[str]) -> ConfigError:
 
 
 def _union(kind: Any, value: Any, key: str, place: Any) -> Any:
-    """The first member that takes the value. When none does, the error of the one the value was plainly meant for
-    (a mapping for the only section, a list for the only list), else what all of them would take."""
+    """The first member that takes the value. When none does, the error of the one the value was plainly
+    meant for (a mapping for the only section, a list for the only list), else what all of them would
+    take."""
     members = get_args(kind)
     if value is None and type(None) in members:
         return None
@@ -212,12 +219,9 @@ def _union(kind: Any, value: Any, key: str, place: Any) -> Any:
             errors.append((member, error))
     meant = [error for member, error in errors if _shape(member) == _shape_of(value)]
     if isinstance(value, Mapping | list) and meant:
-        raise min(meant, key=lambda error: -error.key.count("."))
-    if len(members) == 1 and errors:
-        error = errors[0][1]
-        if error.key == key and not error.problem:
-            raise ConfigError(key, value, describe(kind))
-        raise error
+        raise max(meant, key=lambda error: error.key.count("."))
+    if len(members) == 1 and errors and (errors[0][1].key != key or errors[0][1].problem):
+        raise errors[0][1]
     raise ConfigError(key, value, describe(kind))
 
 

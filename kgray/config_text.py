@@ -1,7 +1,8 @@
-"""The text side of the configuration: YAML with line numbers, overrides, environment, and showing it. Floor 2.
+"""The text side of the configuration: YAML with line numbers, overrides, environment, and showing it. Floor
+2.
 
-Scalars are read as in YAML 1.2, so that ``1e-3`` is a number, ``on`` is a word and ``2020-01-01`` is text; whole
-numbers may carry underscores (``1_000_000``).
+Scalars are read as in YAML 1.2, so that ``1e-3`` is a number, ``on`` is a word and ``2020-01-01`` is text;
+whole numbers may carry underscores (``1_000_000``).
 """
 
 from __future__ import annotations
@@ -25,12 +26,6 @@ _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _VARIABLE = re.compile(r"\$?\$\{([^}]*)\}")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*$")
-
-
-class CommandText(str):
-    """Text given on the command line: a relative path in it is relative to the current directory."""
-
-    __slots__ = ()
 
 
 @dataclass
@@ -144,8 +139,12 @@ def _loader() -> Any:
     plain = "tag:kgray,2026:plain"
     Loader.yaml_implicit_resolvers = {None: [(plain, re.compile(r"(?s).*"))]}
     Loader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile(r"^<<$"), ["<"])
-    Loader.add_constructor(plain, lambda loader, node: parse_scalar(loader.construct_scalar(node)))
+    Loader.add_constructor(plain, _plain_scalar)
     return Loader
+
+
+def _plain_scalar(loader: Any, node: Any) -> Any:
+    return parse_scalar(loader.construct_scalar(node))
 
 
 def _check_keys(node: Any, prefix: str, path: str, lines: dict[str, int]) -> None:

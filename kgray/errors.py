@@ -20,7 +20,8 @@ class UserError(KgrayError):
 class ConfigError(UserError, ValueError):
     """A configuration key holds something it may not.
 
-    Components raise it with a key relative to themselves (``batch_size``); the loader puts the section in front.
+    Components raise it with a key relative to themselves (``batch_size``); the loader puts the section in
+    front.
     """
 
     def __init__(
@@ -39,7 +40,8 @@ class ConfigError(UserError, ValueError):
         return ConfigError(key, self.value, self.expected, problem=self.problem, where=self.where)
 
     def at(self, where: str) -> ConfigError:
-        """The same error, told with the place (``file:line``) the key stands in, unless it has one already."""
+        """The same error, told with the place (``file:line``) the key stands in, unless it has one
+        already."""
         return ConfigError(
             self.key, self.value, self.expected, problem=self.problem, where=self.where or where
         )
@@ -55,7 +57,8 @@ class ConfigError(UserError, ValueError):
         return f"{at}configuration key '{self.key}' {what}{tail}"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Exceptions cross process borders inside Ray; the keyword arguments would be lost by the default pickling.
+        # Exceptions cross process borders inside Ray; the keyword arguments would be lost by the default
+        # pickling.
         return (_rebuild_config_error, (self.key, self.value, self.expected, self.problem, self.where))
 
 

@@ -1,8 +1,10 @@
-"""The Ray session: the one place that calls ``ray.init``, sets Ray's environment variables and DataContext. Floor 2.
+"""The Ray session: the one place that calls ``ray.init``, sets Ray's environment variables and DataContext.
+Floor 2.
 
-``with ray_session(config) as session:`` joins the Ray this process is already connected to, else the cluster that
-``config.address`` or RAY_ADDRESS names (inside ``ray job submit`` that is set), else starts one on this machine and
-stops it at the end. A variable the user has set is never overwritten; what was set here is taken back at the end.
+``with ray_session(config) as session:`` joins the Ray this process is already connected to, else the cluster
+that ``config.address`` or RAY_ADDRESS names (inside ``ray job submit`` that is set), else starts one on this
+machine and stops it at the end. A variable the user has set is never overwritten; what was set here is taken
+back at the end.
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ from kgray.errors import ClusterError, ConfigError
 
 log = logging.getLogger(__name__)
 
-# Ray Data and one Train worker hold a CPU each at the same time, and a reader and a writer want one too; with fewer
-# logical CPUs the worker waits for ever for what its own input occupies. Logical CPUs only count; cores are shared.
+# Ray Data and one Train worker hold a CPU each at the same time, and a reader and a writer want one too;
+# with fewer logical CPUs the worker waits for ever for what its own input occupies. Logical CPUs only count;
+# cores are shared.
 LEAST_LOGICAL_CPUS = 4
 _GIB = 1 << 30
 _MOST_OBJECT_STORE = 2 * _GIB
@@ -50,8 +53,8 @@ class RayConfig:
 
     address: str | None = option(
         None,
-        "A cluster to join: host:port, ray://host:port, 'auto' for the one on this machine, or 'local' to start one "
-        "whatever RAY_ADDRESS says. Null: RAY_ADDRESS if set, else start one here.",
+        "A cluster to join: host:port, ray://host:port, 'auto' for the one on this machine, or 'local' to "
+        "start one whatever RAY_ADDRESS says. Null: RAY_ADDRESS if set, else start one here.",
     )
     num_cpus: int | None = option(
         None, "Logical CPUs of a cluster started here. Null: the cores of this machine, four at least."
@@ -131,7 +134,9 @@ def ray_session(config: RayConfig | None = None) -> Iterator[RaySession]:
         if embedded:
             _embedded_address = address
         stack.enter_context(_data_context(progress))
-        log.info("%s Ray at %s, %d logical CPUs", "started" if embedded else "joined", address, cluster_cpus())
+        log.info(
+            "%s Ray at %s, %d logical CPUs", "started" if embedded else "joined", address, cluster_cpus()
+        )
         yield RaySession(address, embedded=embedded, owner=embedded)
 
 
@@ -254,11 +259,15 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
 def _private_token(config: RayConfig) -> Iterator[None]:
     """Lets only this process tree talk to the cluster it starts.
 
-    By itself Ray would write a token to ``~/.ray/auth_token``, and from then on a plain ``ray start --head`` on this
-    machine demands it of ``ray job submit``. The token here lives in the environment and dies with the session. With
-    the dashboard a person must be able to log in, so there Ray's way is kept.
+    By itself Ray would write a token to ``~/.ray/auth_token``, and from then on a plain ``ray start --head``
+    on this machine demands it of ``ray job submit``. The token here lives in the environment and dies with
+    the session. With the dashboard a person must be able to log in, so there Ray's way is kept.
     """
-    if config.include_dashboard or os.environ.keys() & {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:
+    if config.include_dashboard or os.environ.keys() & {
+        "RAY_AUTH_MODE",
+        "RAY_AUTH_TOKEN",
+        "RAY_AUTH_TOKEN_PATH",
+    }:
         yield
         return
     with _environment({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}):
@@ -269,10 +278,11 @@ def _private_token(config: RayConfig) -> Iterator[None]:
 
 def _reread_authentication() -> None:
     """Ray keeps mode and token in C++ from the first look at the environment."""
-    from ray._raylet import AuthenticationTokenLoader, Config
+    import ray._raylet as core
 
-    Config.initialize("")
-    AuthenticationTokenLoader.instance().reset_cache()
+    native: Any = core
+    native.Config.initialize("")
+    native.AuthenticationTokenLoader.instance().reset_cache()
 
 
 @contextmanager

@@ -29,10 +29,12 @@ RESERVED = (MANIFEST, "_draft.json")
 
 
 class Draft:
-    """A folder to write an artifact's files into, from this process or (it pickles to its URI) from Ray workers.
+    """A folder to write an artifact's files into, from this process or (it pickles to its URI) from Ray
+    workers.
 
-    Every file that lies under it when ``make`` returns becomes part of the artifact, so files may also be written
-    straight to ``uri`` (Ray Data's ``write_parquet``). Writing to a full or forbidden storage raises StorageError.
+    Every file that lies under it when ``make`` returns becomes part of the artifact, so files may also be
+    written straight to ``uri`` (Ray Data's ``write_parquet``). Writing to a full or forbidden storage raises
+    StorageError.
     """
 
     def __init__(self, uri: str) -> None:
@@ -75,7 +77,9 @@ class Draft:
 
     def write_json(self, relpath: str, value: Any) -> None:
         """Readable JSON, UTF-8; non-finite numbers are a ValueError."""
-        self.write_bytes(relpath, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+        self.write_bytes(
+            relpath, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        )
 
     def write_table(self, relpath: str, table: pa.Table, **options: Any) -> None:
         """One Parquet file; ``options`` go to pyarrow.parquet.write_table."""
@@ -94,8 +98,8 @@ class Draft:
                 yield writer
 
     def local_dir(self) -> Path:
-        """A local folder whose files become part of the artifact: the draft itself where it is local, else one that
-        is uploaded at publish. Only for the process that runs ``make``, not for workers."""
+        """A local folder whose files become part of the artifact: the draft itself where it is local, else
+        one that is uploaded at publish. Only for the process that runs ``make``, not for workers."""
         if is_local(self.uri):
             return Path(self.uri)
         if self._local is None:

@@ -1,7 +1,8 @@
 """Storage URIs as pyarrow filesystems, and what goes wrong there told in one line.
 
-``resolve`` accepts local paths, ``file://``, and whatever pyarrow (s3, gs, abfs, hdfs) or fsspec speaks. S3 is set
-up from the usual variables: AWS_ENDPOINT_URL[_S3], AWS_REGION / AWS_DEFAULT_REGION and the AWS credential chain.
+``resolve`` accepts local paths, ``file://``, and whatever pyarrow (s3, gs, abfs, hdfs) or fsspec speaks. S3
+is set up from the usual variables: AWS_ENDPOINT_URL[_S3], AWS_REGION / AWS_DEFAULT_REGION and the AWS
+credential chain.
 """
 
 from __future__ import annotations
@@ -58,7 +59,13 @@ def resolve(uri: str | os.PathLike[str]) -> tuple[Any, str]:
     return _remote(scheme, settings, text if scheme not in ("s3",) else ""), _path_in(scheme, rest, text)
 
 
-_S3_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ACCESS_KEY_ID")
+_S3_VARIABLES = (
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_ENDPOINT_URL",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "AWS_ACCESS_KEY_ID",
+)
 
 
 def _path_in(scheme: str, rest: str, text: str) -> str:
@@ -104,8 +111,8 @@ def make_parent(filesystem: Any, path: str) -> None:
 
 
 def describe_refusal(error: BaseException, uri: str) -> StorageError | None:
-    """The one line for an error that means the storage refused (full, no rights), looked for in the whole chain of
-    causes, Ray's among them; None for any other error."""
+    """The one line for an error that means the storage refused (full, no rights), looked for in the whole
+    chain of causes, Ray's among them; None for any other error."""
     seen: set[int] = set()
     todo: list[BaseException | None] = [error]
     while todo:
@@ -119,7 +126,9 @@ def describe_refusal(error: BaseException, uri: str) -> StorageError | None:
         if isinstance(one, OSError) and number in _FULL:
             return StorageError(_full(one, uri))
         if isinstance(one, OSError) and number in _REFUSED and is_local(uri) and _is_under(one.filename, uri):
-            return StorageError(f"cannot write to {uri}: {os.strerror(int(number or 0)).lower()} ({one.filename})")
+            return StorageError(
+                f"cannot write to {uri}: {os.strerror(int(number or 0)).lower()} ({one.filename})"
+            )
         if number is None and isinstance(one, OSError) and "No space left on device" in str(one):
             return StorageError(_full(one, uri))
         todo += [getattr(one, "cause", None), one.__cause__, one.__context__]
@@ -170,7 +179,9 @@ def list_files(filesystem: Any, path: str) -> dict[str, int]:
 def list_folders(filesystem: Any, path: str) -> list[str]:
     """Names of the folders directly under ``path``, sorted; empty when there is no such folder."""
     selector = pafs.FileSelector(path, recursive=False, allow_not_found=True)
-    return sorted(i.base_name for i in filesystem.get_file_info(selector) if i.type == pafs.FileType.Directory)
+    return sorted(
+        i.base_name for i in filesystem.get_file_info(selector) if i.type == pafs.FileType.Directory
+    )
 
 
 def exists(filesystem: Any, path: str) -> bool:

@@ -60,8 +60,9 @@ def _acquire(path: Path, what: str, wait: bool) -> int | None:
                     return None
                 log.info("waiting for another process that is building %s", what)
                 fcntl.flock(handle, fcntl.LOCK_EX)
-            # The one before us removes the file; whoever waited on that file locked a name nobody else will see.
-            if os.fstat(handle).st_ino == os.stat(path).st_ino:
+            # The one before us removes the file; whoever waited on that file locked a name nobody else will
+            # see.
+            if os.fstat(handle).st_ino == path.stat().st_ino:
                 return handle
         except FileNotFoundError:
             pass

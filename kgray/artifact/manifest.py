@@ -24,8 +24,8 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Source:
-    """Something an artifact was made from: another artifact, or an input file (``kind="file"``, ``version`` the
-    sha256 of its bytes, 64 hex digits)."""
+    """Something an artifact was made from: another artifact, or an input file (``kind="file"``, ``version``
+    the sha256 of its bytes, 64 hex digits)."""
 
     kind: str
     version: str
@@ -39,9 +39,9 @@ class Source:
 class Recipe:
     """All that decides what a job would write; two equal recipes need one artifact.
 
-    ``inputs`` count by kind and version, in their order, never by where they lie. ``config`` is the part of the
-    configuration that changes the result: no paths, no worker counts. ``format`` is raised whenever the code would
-    write something else from the same inputs.
+    ``inputs`` count by kind and version, in their order, never by where they lie. ``config`` is the part of
+    the configuration that changes the result: no paths, no worker counts. ``format`` is raised whenever the
+    code would write something else from the same inputs.
     """
 
     kind: str
@@ -120,7 +120,13 @@ def parse_manifest(text: bytes, uri: str) -> dict[str, Any]:
     """A manifest's content; ArtifactError, naming it, when it is damaged or of a newer kind."""
     try:
         manifest = json.loads(text)
-        for key, kind in (("kind", str), ("version", str), ("files", list), ("inputs", list), ("created_at", str)):
+        for key, kind in (
+            ("kind", str),
+            ("version", str),
+            ("files", list),
+            ("inputs", list),
+            ("created_at", str),
+        ):
             if not isinstance(manifest[key], kind):
                 raise TypeError(f"{key} is no {kind.__name__}")
         for entry in manifest["files"]:
@@ -135,8 +141,9 @@ def parse_manifest(text: bytes, uri: str) -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def code_version() -> str:
-    """The package's version and a hash of its source text, with the git commit where there is one: enough to tell
-    whether two artifacts came from the same code even where no repository is (a Ray job's working directory)."""
+    """The package's version and a hash of its source text, with the git commit where there is one: enough to
+    tell whether two artifacts came from the same code even where no repository is (a Ray job's working
+    directory)."""
     from importlib import metadata
 
     package = Path(__file__).resolve().parent.parent

@@ -110,7 +110,8 @@ class Artifact:
         return {entry["path"]: entry for entry in self.manifest["files"]}
 
     def files(self, prefix: str = "") -> list[str]:
-        """Sorted relative paths of the files, those under a folder or with a given beginning only if asked."""
+        """Sorted relative paths of the files, those under a folder or with a given beginning only if
+        asked."""
         return sorted(path for path in self._entries if path.startswith(prefix))
 
     def bytes_of(self, relpath: str) -> int:
@@ -133,7 +134,9 @@ class Artifact:
                 with filesystem.open_input_stream(join(path, name)) as stream:
                     digest = sha256_stream(stream)
                 if digest != entry["sha256"]:
-                    wrong.append(f"{name} has changed (sha256 {digest[:12]}... instead of {entry['sha256'][:12]}...)")
+                    wrong.append(
+                        f"{name} has changed (sha256 {digest[:12]}... instead of {entry['sha256'][:12]}...)"
+                    )
         if wrong:
             more = f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
             raise ArtifactError(
@@ -182,8 +185,8 @@ class Artifact:
         return names
 
     def local_path(self, relpath: str) -> Path:
-        """A local copy of a file or folder: the thing itself where the artifact is local, else downloaded once into
-        KGRAY_CACHE (default ``~/.cache/kgray``), its hash verified."""
+        """A local copy of a file or folder: the thing itself where the artifact is local, else downloaded
+        once into KGRAY_CACHE (default ``~/.cache/kgray``), its hash verified."""
         names = [relpath] if relpath in self._entries else self.files(relpath.rstrip("/") + "/")
         if not names:
             raise ArtifactError(f"{self.kind} {self.version} at {self.uri} holds no {relpath}")
@@ -223,8 +226,8 @@ class Artifact:
 
     def _truncated(self, relpath: str, stream_bytes: int) -> ArtifactError:
         return ArtifactError(
-            f"{self.uri_of(relpath)} has {stream_bytes} bytes instead of {self.bytes_of(relpath)}: it was truncated "
-            "or overwritten"
+            f"{self.uri_of(relpath)} has {stream_bytes} bytes instead of {self.bytes_of(relpath)}: "
+            "it was truncated or overwritten"
         )
 
 

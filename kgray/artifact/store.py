@@ -1,8 +1,9 @@
 """The artifacts under one storage root: finding them, and building what is missing.
 
 On disk: ``ROOT/KIND/VERSION/`` with the files and ``manifest.json``; on object storage, which cannot rename,
-``ROOT/KIND/VERSION.ATTEMPT/``, where of several complete attempts the oldest counts. Beside them ``ROOT/runs/``
-(state that lets a broken job resume), ``ROOT/.tmp/`` (drafts and locks) and ``ROOT/.cache/`` (hashes of input files).
+``ROOT/KIND/VERSION.ATTEMPT/``, where of several complete attempts the oldest counts. Beside them
+``ROOT/runs/`` (state that lets a broken job resume), ``ROOT/.tmp/`` (drafts and locks) and ``ROOT/.cache/``
+(hashes of input files).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from kgray.artifact.published import Artifact, is_artifact
 from kgray.errors import ArtifactError, ArtifactNotFoundError
 
 log = logging.getLogger(__name__)
+Sources = list[Source]  # inside Store, `list` is the method
 Make = Callable[[Draft], Mapping[str, Any] | None]
 _DRAFT = "_draft.json"
 _ABANDONED = timedelta(days=7)
@@ -45,7 +47,8 @@ class Built:
 
 
 class Store:
-    """The artifacts under ``root``: a local path, or a URI pyarrow or fsspec can open. Pickles to its root."""
+    """The artifacts under ``root``: a local path, or a URI pyarrow or fsspec can open. Pickles to its
+    root."""
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = normalise(root)
@@ -64,8 +67,8 @@ class Store:
         return found
 
     def get(self, version_or_uri: str) -> Artifact:
-        """The artifact at a URI, or the only one whose version begins so (four digits at least; ``kind/version``
-        narrows it); sizes are verified.
+        """The artifact at a URI, or the only one whose version begins so (four digits at least;
+        ``kind/version`` narrows it); sizes are verified.
 
         Raises ArtifactNotFoundError, ArtifactError when it is damaged.
         """
@@ -88,7 +91,8 @@ class Store:
         return found
 
     def list(self, kind: str | None = None) -> list[Artifact]:
-        """All complete artifacts (of a kind), the newest first; damaged manifests are skipped with a warning."""
+        """All complete artifacts (of a kind), the newest first; damaged manifests are skipped with a
+        warning."""
         filesystem, path = resolve(self.root)
         kinds = [kind] if kind else storage.list_folders(filesystem, path)
         found = []
@@ -107,8 +111,9 @@ class Store:
     def build(self, recipe: Recipe, make: Make) -> Built:
         """The artifact of a recipe, made by ``make(draft)`` (which returns its counts) if it is not there.
 
-        A second builder of the same version waits for the first where storage knows locks, and uses its result. If
-        ``make`` fails nothing becomes visible. Raises what ``make`` raises, and StorageError for a full storage.
+        A second builder of the same version waits for the first where storage knows locks, and uses its
+        result. If ``make`` fails nothing becomes visible. Raises what ``make`` raises, and StorageError for
+        a full storage.
         """
         with storage_errors(self.root):
             if found := self.find(recipe):
@@ -124,9 +129,9 @@ class Store:
                     return Built(found, True)
                 return self._build_local(recipe, make, drafts / f"{name}.{secrets.token_hex(4)}")
 
-    def hash_files(self, paths: Iterable[str]) -> list[Source]:
-        """Input files (paths or URIs) as sources, in the order given; hashes are remembered by path, size and time
-        of change. Raises DataError for a file that is missing or cannot be read."""
+    def hash_files(self, paths: Iterable[str]) -> Sources:
+        """Input files (paths or URIs) as sources, in the order given; hashes are remembered by path, size
+        and time of change. Raises DataError for a file that is missing or cannot be read."""
         return hash_files(list(paths), join(self.root, ".cache", "sha256"))
 
     def scratch(self, name: str) -> str:
@@ -148,7 +153,9 @@ class Store:
         else:
             filesystem, path = resolve(join(self.root, kind))
             names = storage.list_folders(filesystem, path)
-            candidates = [join(self.root, kind, n) for n in names if n == version or n.startswith(version + ".")]
+            candidates = [
+                join(self.root, kind, n) for n in names if n == version or n.startswith(version + ".")
+            ]
         complete = []
         for uri in candidates:
             try:
@@ -167,7 +174,9 @@ class Store:
             target = Path(self.root, recipe.kind, recipe.version)
             target.parent.mkdir(exist_ok=True)
             if target.exists() and not (target / MANIFEST).exists():
-                target.rename(folder.with_name(folder.name + ".replaced"))  # a half-removed artifact in the way
+                target.rename(
+                    folder.with_name(folder.name + ".replaced")
+                )  # a half-removed artifact in the way
             try:
                 folder.rename(target)
             except OSError:
@@ -229,7 +238,9 @@ def _make_and_describe(recipe: Recipe, make: Make, draft: Draft) -> None:
         draft.upload_local()
     finally:
         draft.drop_local()
-    sizes = {name: size for name, size in storage.list_files(filesystem, path).items() if name not in RESERVED}
+    sizes = {
+        name: size for name, size in storage.list_files(filesystem, path).items() if name not in RESERVED
+    }
 
     def described(name: str) -> tuple[int, str]:
         with filesystem.open_input_stream(join(path, name)) as stream:
