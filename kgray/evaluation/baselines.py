@@ -114,7 +114,7 @@ class Marginals(RelationFrequency):
 class InverseRule(Marginals):
     """The reverse edge: ``s(y, x)`` in training speaks for ``r(x, y)`` by the confidence of the rule r <- s.
 
-    Confidence is the share of training triples s(y, x) for which r(x, y) stands in training too; with r = s it is
+    Confidence is the share of training triples s(y, x) for which r(x, y) is in training too; with r = s it is
     the symmetry rule. To the best confidence is added how often the candidate answers the relation at all:
     the share of its heads that have this tail (of its tails, this head; for relations, :class:`Marginals`).
     """

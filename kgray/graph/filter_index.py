@@ -144,7 +144,7 @@ class FilterIndex:
         return np.stack([head, relation, table.values.astype(np.int64)], axis=1)
 
     def to_arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """Flat arrays, what :meth:`from_arrays` takes: ``size`` (N, R) and ``tails.keys``, ``tails.offsets``..."""
+        """Flat arrays, what :meth:`from_arrays` takes: ``size`` (N, R), ``tails.keys``, ``tails.offsets``..."""
         tables = (self.by_head_relation, self.by_relation_tail, self.by_head_tail)
         return {
             "size": np.array([self.num_entities, self.num_relations], dtype=np.int64),

@@ -1,0 +1,129 @@
+"""The evaluate job: a model and a graph become a ``report`` artifact, ranked in shards as Ray tasks.
+
+The driver sees file metadata and merged counts, never triples or ranks. The filter, the strata and the fitted
+baselines are made once and lie in Ray's object store, where the workers of a node share them.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from kgray.artifact import Artifact, Draft, Recipe, Store
+from kgray.errors import ArtifactError
+from kgray.evaluation.config import EvaluateConfig
+from kgray.evaluation.report import report_of, write_report
+from kgray.evaluation.shards import Measured, Piece, measure, plan, prepare
+from kgray.runtime import cluster_cpus, local_cores, ray_session
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+_SHARDS_A_WORKER = 4  # so that a slow worker holds up the end by a quarter of its share, not by all of it
+_LOG_SECONDS = 10.0
+
+
+def evaluate_recipe(
+    store: Store,
+    config: EvaluateConfig,
+    model: Artifact,
+    graph: Artifact,
+    ablations: Mapping[str, Artifact] | None = None,
+) -> Recipe:
+    """The report's recipe. ``ablations``: reports of variants to be shown beside this model, by name."""
+    return Recipe(
+        kind="report",
+        format=FORMAT,
+        inputs=(model.source, graph.source, *(report.source for report in (ablations or {}).values())),
+        config={
+            "split": config.split,
+            "tasks": list(config.tasks),
+            "baselines": config.baselines,
+            "ranks": config.ranks,
+            "ablations": list(ablations or {}),
+        },
+    )
+
+
+def evaluate(
+    draft: Draft,
+    config: EvaluateConfig,
+    model: Artifact,
+    graph: Artifact,
+    ablations: Mapping[str, Artifact] | None = None,
+) -> dict[str, float]:
+    """Rank a split and write metrics.json, ranks.parquet, report.html and its plots.
+
+    Returns the manifest's counts: ``test.both.realistic.filtered.full.mrr`` and so on of the model, the same
+    under ``baseline.<name>.`` of each baseline. Starts or joins Ray where the process is not connected yet.
+
+    Raises DataError when the split is empty, NonFiniteError naming the first query with such a score, and
+    ArtifactError when model and graph do not belong together.
+    """
+    for name, artifact in (ablations or {}).items():
+        if artifact.kind != "report":
+            raise ArtifactError(f"ablation {name}: {artifact.uri} is a {artifact.kind}, not a report")
+    with ray_session() as session:
+        workers = config.workers or (local_cores() if session.embedded else cluster_cpus())
+        parts = plan(graph, config.split, workers * _SHARDS_A_WORKER)
+        started = time.monotonic()
+        measured = _measure_all(draft, config, model, graph, parts, workers)
+        seconds = time.monotonic() - started
+    write_report(draft, report_of(config, model, graph, measured, ablations or {}, seconds))
+    counts = measured.model.metrics()
+    for name, baseline in measured.baselines.items():
+        counts |= {f"baseline.{name}.{key}": value for key, value in baseline.metrics().items()}
+    return counts
+
+
+def _measure_all(
+    draft: Draft,
+    config: EvaluateConfig,
+    model: Artifact,
+    graph: Artifact,
+    parts: list[list[Piece]],
+    workers: int,
+) -> Measured:
+    """All shards, at most ``workers`` at a time, merged as they come."""
+    import ray
+    from ray.exceptions import RayTaskError
+
+    remote_prepare = ray.remote(prepare)
+    remote_measure = ray.remote(measure)
+    prepared = remote_prepare.remote(graph, config)
+    rows = [sum(piece.stop - piece.start for piece in part) for part in parts]
+    waiting = list(enumerate(parts))
+    running: dict[Any, int] = {}
+    total: Measured | None = None
+    finished, started, said = 0, time.monotonic(), 0.0
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                number, part = waiting.pop(0)
+                task = remote_measure.remote(draft, config, model, graph, prepared, part, number)
+                running[task] = number
+            done, _ = ray.wait(list(running), num_returns=1)
+            for task in done:
+                result: Measured = ray.get(task)
+                total = result if total is None else total + result
+                finished += rows[running.pop(task)]
+            now = time.monotonic()
+            if now - said > _LOG_SECONDS or not (waiting or running):
+                said, rate = now, finished / max(now - started, 1e-9)
+                log.info(
+                    "evaluate: %d of %d %s triples, %.0f a second, %.0f s left",
+                    *(finished, sum(rows), config.split, rate, (sum(rows) - finished) / rate),
+                )
+    except RayTaskError as error:
+        for task in running:
+            ray.cancel(task, force=False)
+        # The reason as if it had been raised here: a user's mistake stays one line.
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, Exception):
+            raise cause from None
+        raise
+    if total is None:
+        raise ValueError("no shards to evaluate")
+    return total

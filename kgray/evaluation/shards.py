@@ -1,0 +1,248 @@
+"""One shard of a split: reading its triples, ranking them, writing the ranks away. No Ray; flat memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kgray.artifact import Artifact, Draft
+from kgray.errors import ArtifactError, DataError
+from kgray.evaluation.baselines import BASELINES
+from kgray.evaluation.config import EvaluateConfig
+from kgray.evaluation.counts import Counts, Strata
+from kgray.evaluation.ranking import Ranks, Scorer, filter_splits, rank_triples
+from kgray.graph.filter_index import FilterIndex
+from kgray.graph.graph import Graph
+from kgray.model.bundle import Bundle
+
+RANKS = "ranks.parquet"
+RANKS_SCHEMA = pa.schema(
+    [
+        ("side", pa.string()),
+        ("head", pa.string()),
+        ("relation", pa.string()),
+        ("tail", pa.string()),
+        ("rank_optimistic", pa.int64()),
+        ("rank_realistic", pa.float64()),
+        ("rank_pessimistic", pa.int64()),
+        ("candidates", pa.int64()),
+        ("score", pa.float32()),
+    ]
+)
+_COLUMNS = ["head", "relation", "tail"]
+_READ_ROWS = 8192
+_WRITE_ROWS = 1 << 15
+_LEAST_ROWS = 256
+
+RANK_EDGES: tuple[int, ...] = tuple(m * 10**e for e in range(10) for m in (1, 2, 5))
+"""Lower edges of the histogram's bins: 1, 2, 5, 10, 20, ... The last bin is open."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows ``start`` to ``stop`` of one Parquet file of the graph artifact."""
+
+    file: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What all shards need of the graph. Its arrays are shared by all workers of a node through Ray.
+
+    ``known``: :meth:`FilterIndex.to_arrays` of the splits that filter; ``baselines``: fitted scorers by name.
+    """
+
+    known: Mapping[str, npt.NDArray[Any]]
+    strata: Strata
+    baselines: Mapping[str, Scorer]
+
+
+@dataclass(slots=True)
+class Measured:
+    """Results of a shard or of many: counts of the model and of each baseline, histogram of the model's
+    ranks.
+
+    ``histogram[side]`` (len(RANK_EDGES),) int64: queries by realistic rank, rounded down.
+    """
+
+    model: Counts
+    baselines: dict[str, Counts]
+    histogram: dict[str, npt.NDArray[np.int64]] = field(default_factory=dict)
+
+    def __add__(self, other: Measured) -> Measured:
+        """Both together; see :meth:`Counts.__add__`."""
+        sides = {**self.histogram, **other.histogram}
+        none = np.zeros(len(RANK_EDGES), dtype=np.int64)
+        return Measured(
+            self.model + other.model,
+            {name: counts + other.baselines[name] for name, counts in self.baselines.items()},
+            {side: self.histogram.get(side, none) + other.histogram.get(side, none) for side in sides},
+        )
+
+
+def plan(graph: Artifact, split: str, shards: int) -> list[list[Piece]]:
+    """At most ``shards`` near-equal parts of a split, read from the files' metadata alone.
+
+    Raises DataError when the split has no triples.
+    """
+    sizes = {}
+    for name in graph.parquet_files(f"triples/{split}"):
+        with graph.open(name) as stream:
+            sizes[name] = pq.ParquetFile(stream).metadata.num_rows
+    total = sum(sizes.values())
+    if not total:
+        raise DataError(
+            f"graph {graph.version} has no {split} triples to evaluate on: give data.triples.{split}, or a "
+            f"share of the triples by data.split.{split}"
+        )
+    shards = max(1, min(shards, -(-total // _LEAST_ROWS)))
+    bounds = [total * i // shards for i in range(shards + 1)]
+    parts = []
+    for low, high in pairwise(bounds):
+        part, offset = [], 0
+        for name, rows in sizes.items():
+            start, stop = max(low - offset, 0), min(high - offset, rows)
+            if start < stop:
+                part.append(Piece(name, start, stop))
+            offset += rows
+        parts.append(part)
+    return parts
+
+
+def read_triples(graph: Artifact, pieces: Sequence[Piece]) -> Iterator[npt.NDArray[np.int64]]:
+    """The triples of the pieces as (n, 3) int64 arrays of at most a few thousand rows, in file order."""
+    for piece in pieces:
+        with graph.open(piece.file) as stream:
+            file = pq.ParquetFile(stream)
+            groups, first = _row_groups(file.metadata, piece)
+            at = first
+            for batch in file.iter_batches(batch_size=_READ_ROWS, row_groups=groups, columns=_COLUMNS):
+                low, high = max(piece.start - at, 0), min(piece.stop - at, len(batch))
+                at += len(batch)
+                if low < high:
+                    rows = batch.slice(low, high - low)
+                    yield np.stack([rows[name].to_numpy().astype(np.int64) for name in _COLUMNS], axis=1)
+
+
+def _row_groups(metadata: Any, piece: Piece) -> tuple[list[int], int]:
+    """Row groups that hold rows of the piece, and the row the first of them begins at."""
+    groups: list[int] = []
+    first, start = 0, 0
+    for group in range(metadata.num_row_groups):
+        stop = start + metadata.row_group(group).num_rows
+        if start < piece.stop and stop > piece.start:
+            first = start if not groups else first
+            groups.append(group)
+        start = stop
+    return groups, first
+
+
+def prepare(graph: Artifact, config: EvaluateConfig) -> Prepared:
+    """Filter, strata and fitted baselines of a graph artifact."""
+    loaded = Graph.load(graph)
+    size = (loaded.num_entities, loaded.num_relations)
+    train = loaded.triples["train"]
+    chosen = [b for b in BASELINES.values() if config.baselines and set(b.tasks) & set(config.tasks)]
+    return Prepared(
+        known=loaded.known(filter_splits(config.split)).to_arrays(),
+        strata=Strata.of(train, *size),
+        baselines={baseline.name: baseline.scorer(train, *size) for baseline in chosen},
+    )
+
+
+def measure(
+    draft: Draft,
+    config: EvaluateConfig,
+    model: Artifact,
+    graph: Artifact,
+    prepared: Prepared,
+    pieces: Sequence[Piece],
+    number: int,
+) -> Measured:
+    """Rank one shard by the model and by every baseline; writes ``ranks.parquet/part-<number>.parquet``.
+
+    Raises ArtifactError when the model was trained on another graph.
+    """
+    bundle = Bundle.load(model)
+    if bundle.graph_version != graph.version:
+        raise ArtifactError(
+            f"model {model.version} was trained on graph {bundle.graph_version}, not on {graph.version}"
+        )
+    known = FilterIndex.from_arrays(prepared.known)
+    common: dict[str, Any] = {
+        "split": config.split,
+        "train": prepared.strata,
+        "batch_size": config.batch_size,
+        "score_budget": config.score_memory_mb << 18,  # four bytes a score
+    }
+    baselines = {}
+    for name, scorer in prepared.baselines.items():
+        tasks = [task for task in config.tasks if task in BASELINES[name].tasks]
+        baselines[name] = rank_triples(scorer, read_triples(graph, pieces), known, tasks=tasks, **common)
+    histogram = {str(task): np.zeros(len(RANK_EDGES), dtype=np.int64) for task in config.tasks}
+    with ExitStack() as stack:
+        writer: _RankWriter | None = None
+        if config.ranks:
+            path = f"{RANKS}/part-{number:05d}.parquet"
+            file = stack.enter_context(draft.open_parquet(path, RANKS_SCHEMA, compression="zstd"))
+            writer = _RankWriter(file, bundle)
+
+        def keep(ranks: Ranks) -> None:
+            _tally(histogram, ranks)
+            if writer is not None:
+                writer.add(ranks)
+
+        triples = read_triples(graph, pieces)
+        counts = rank_triples(bundle, triples, known, tasks=config.tasks, on_ranks=keep, **common)
+        if writer is not None:
+            writer.flush()
+    return Measured(counts, baselines, histogram)
+
+
+def _tally(histogram: dict[str, npt.NDArray[np.int64]], ranks: Ranks) -> None:
+    bins = np.searchsorted(RANK_EDGES, np.floor(ranks.realistic), side="right") - 1
+    histogram[ranks.side] += np.bincount(bins, minlength=len(RANK_EDGES))
+
+
+class _RankWriter:
+    """Gathers small batches of ranks into row groups, with external ids for people and other tools."""
+
+    def __init__(self, file: pq.ParquetWriter, bundle: Bundle) -> None:
+        self.file = file
+        self.entities = pa.array(bundle.entity_ids, pa.string())
+        self.relations = pa.array(bundle.relation_ids, pa.string())
+        self.waiting: list[pa.RecordBatch] = []
+        self.rows = 0
+
+    def add(self, ranks: Ranks) -> None:
+        count = len(ranks.triples)
+        columns = [
+            pa.repeat(pa.scalar(ranks.side), count),
+            self.entities.take(pa.array(ranks.triples[:, 0])),
+            self.relations.take(pa.array(ranks.triples[:, 1])),
+            self.entities.take(pa.array(ranks.triples[:, 2])),
+            pa.array(ranks.optimistic),
+            pa.array(ranks.realistic),
+            pa.array(ranks.pessimistic),
+            pa.array(ranks.candidates),
+            pa.array(ranks.scores),
+        ]
+        self.waiting.append(pa.record_batch(columns, schema=RANKS_SCHEMA))
+        self.rows += count
+        if self.rows >= _WRITE_ROWS:
+            self.flush()
+
+    def flush(self) -> None:
+        if self.waiting:
+            self.file.write_table(pa.Table.from_batches(self.waiting))
+        self.waiting, self.rows = [], 0
