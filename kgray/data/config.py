@@ -1,0 +1,123 @@
+"""What ``data`` may be told: where the triples, tables and documents lie and how strictly they are read."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from kgray.config import REQUIRED, ConfigPath, configuration, option
+from kgray.errors import ConfigError
+
+Paths = ConfigPath | list[ConfigPath]
+"""One path, one glob (``*``, ``?``, ``[...]``, ``**``), or a list of them."""
+
+SPLITS = ("train", "valid", "test")
+
+
+@configuration
+class SplitPaths:
+    """Triples whose split is given by the file they stand in."""
+
+    train: Paths = option(REQUIRED, "Files of the training triples.")
+    valid: Paths | None = option(None, "Files of the validation triples.")
+    test: Paths | None = option(None, "Files of the test triples.")
+
+
+@configuration
+class SplitConfig:
+    """How one source of triples is divided. A triple's split is a hash of the triple and the seed, so it depends
+    on nothing else: not on the order of rows, the files, or the number of workers."""
+
+    valid: float = option(0.05, "Share of the triples that goes to validation.")
+    test: float = option(0.05, "Share of the triples that goes to test.")
+    seed: int = option(0, "Another seed, another division.")
+
+    def __post_init__(self) -> None:
+        for key in ("valid", "test"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ConfigError(key, getattr(self, key), "a share from 0 up to, but not including, 1")
+        if self.valid + self.test >= 1:
+            raise ConfigError(
+                "test", self.test, "valid + test below 1, so that something is left to train on"
+            )
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError("seed", self.seed, "a whole number from 0 to 2**63 - 1")
+
+
+@configuration
+class ColumnsConfig:
+    """The names columns (JSON keys, Parquet columns) have in the user's files."""
+
+    head: str = option("head", "Triples: where a relation starts.")
+    relation: str = option("relation", "Triples: the relation.")
+    tail: str = option("tail", "Triples: where it ends.")
+    split: str | None = option(
+        None, "Triples: a column holding train, valid or test; without a header it is the fourth."
+    )
+    id: str = option("id", "Entity and relation tables: the external id.")
+    name: str = option("name", "Entity and relation tables: the name shown to people.")
+    description: str = option("description", "Entity and relation tables: the text the encoder reads.")
+    type: str = option("type", "Entity table: the entity's type.")
+    doc_id: str = option("doc_id", "Documents: the document's id.")
+    text: str = option("text", "Documents: its text.")
+
+    def __post_init__(self) -> None:
+        groups = (
+            ("head", "relation", "tail", "split"),
+            ("id", "name", "description", "type"),
+            ("doc_id", "text"),
+        )
+        for group in groups:
+            names = [getattr(self, key) for key in group]
+            for key, name in zip(group, names, strict=True):
+                if name == "":
+                    raise ConfigError(key, name, "a column name")
+                if name is not None and names.count(name) > 1:
+                    raise ConfigError(key, name, "a name that no other column of the same file has")
+
+
+Format = Literal["auto", "tsv", "csv", "jsonl", "parquet", "ntriples"]
+
+
+@configuration
+class DataConfig:
+    """The input of the ingest job."""
+
+    triples: Paths | SplitPaths = option(
+        REQUIRED, "Triples: train/valid/test paths, or one source that `data.split` divides."
+    )
+    split: SplitConfig = option(SplitConfig, "How one source of triples is divided; unused for given splits.")
+    entities: Paths | None = option(
+        None, "Entity table (id, name, description, type, more): then every entity of a triple needs a row."
+    )
+    relations: Paths | None = option(
+        None, "Relation table (id, name, description, more): then every relation of a triple needs a row."
+    )
+    documents: Paths | None = option(
+        None, "Documents (doc_id, text, more), or plain .txt files, one document each."
+    )
+    columns: ColumnsConfig = option(ColumnsConfig, "The names the columns have in the files.")
+    format: Format = option(
+        "auto",
+        "Format of the triples; auto goes by the file name (.tsv .txt .csv .jsonl .parquet .nt, plain or "
+        ".gz .bz2 .zst .xz).",
+    )
+    header: bool = option(False, "Whether TSV and CSV triples begin with a line of column names.")
+    on_bad_row: Literal["fail", "skip"] = option(
+        "fail", "fail stops at the first bad row; skip sets up to max_bad_rows aside in quarantine.jsonl."
+    )
+    max_bad_rows: int = option(
+        1000, "With on_bad_row=skip: more bad rows than this stop the job all the same."
+    )
+
+    def __post_init__(self) -> None:
+        if self.max_bad_rows < 0:
+            raise ConfigError("max_bad_rows", self.max_bad_rows, "a number of rows, 0 or more")
+        for key in ("triples", "entities", "relations", "documents"):
+            value = getattr(self, key)
+            if value == [] or value == "":
+                raise ConfigError(key, value, "at least one path")
+        columns = self.columns.split
+        if columns is not None and isinstance(self.triples, SplitPaths):
+            raise ConfigError(
+                "columns.split", columns, "null where data.triples gives train, valid and test apart"
+            )

@@ -1,0 +1,86 @@
+"""What the last tasks of a graph's ingest write: triples and entities by partition."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from kgray.artifact import Draft
+from kgray.data.audit import HeldOut, PartAudit, Rule, audit_held_out, audit_part, seen_in_train
+from kgray.data.bad_rows import BadRow
+from kgray.data.config import SPLITS
+from kgray.data.tables import combined, named
+from kgray.data.triples import Bools, Triples, concat, deduplicate, triple_table
+
+ROW_GROUP = 1 << 16
+
+
+def part_name(number: int) -> str:
+    """File name of a partition."""
+    return f"part-{number:05d}.parquet"
+
+
+def finish_partition(
+    draft: Draft, number: int, span: tuple[int, int], relations: int, parts: Sequence[Triples]
+) -> tuple[PartAudit, Triples, Bools]:
+    """Write the triples whose head is in the partition. ``parts``: all triples with head or tail in it.
+
+    Returns the counts, those triples without duplicates, and which entities of the partition train holds.
+    """
+    given = concat(parts)
+    kept, dropped = deduplicate(given)
+    own = kept[(kept.head >= span[0]) & (kept.head < span[1])]
+    for s, split in enumerate(SPLITS):
+        table = triple_table(own[own.split == s])
+        draft.write_table(f"triples/{split}/{part_name(number)}", table, row_group_size=ROW_GROUP)
+    counted = audit_part(kept, dropped, given, span, relations)
+    return counted, kept, seen_in_train(kept, span)
+
+
+def check_held_out(
+    span: tuple[int, int], rules: Sequence[Rule], relations: int, triples: Triples, seen: Sequence[Bools]
+) -> HeldOut:
+    """The second pass of the audit over one partition. ``seen``: of all partitions, in order."""
+    return audit_held_out(triples, span, np.concatenate(seen), rules, relations)
+
+
+def write_entities(
+    draft: Draft,
+    number: int,
+    first_id: int,
+    columns: Sequence[str],
+    slices: Sequence[tuple[int, int]],
+    tables: Sequence[Any],
+) -> int:
+    """Write one partition of entities: rows [start, end) of each bucket that reaches into it. Returns its rows."""
+    schema = pa.schema([(name, pa.int64() if name == "id" else pa.string()) for name in columns])
+    written = first_id
+    with draft.open_parquet(f"entities/{part_name(number)}", schema) as writer:
+        for (start, end), table in zip(slices, tables, strict=True):
+            for low in range(start, end, ROW_GROUP):
+                rows = table.slice(low, min(ROW_GROUP, end - low))
+                writer.write_table(named(rows, written, columns))
+                written += rows.num_rows
+    return written - first_id
+
+
+def external_ids(table: Any, rows: Sequence[int]) -> list[str]:
+    """The external ids of a few entities of a bucket."""
+    ids = combined(table.column("external_id"))
+    return [ids[row].as_py() for row in rows]
+
+
+def quarantine(rows: Sequence[BadRow], paths: Sequence[str]) -> bytes:
+    """quarantine.jsonl: one object a bad row, in file order."""
+    lines = (
+        json.dumps(
+            {"file": paths[row.source], "line": row.line, "reason": row.reason, "text": row.text},
+            ensure_ascii=False,
+        )
+        for row in rows
+    )
+    return "".join(line + "\n" for line in lines).encode("utf-8", "backslashreplace")
