@@ -187,7 +187,7 @@ class Artifact:
     def local_path(self, relpath: str) -> Path:
         """A local copy of a file or folder: the thing itself where the artifact is local, else downloaded
         once into KGRAY_CACHE (default ``~/.cache/kgray``), its hash verified."""
-        names = [relpath] if relpath in self._entries else self.files(relpath.rstrip("/") + "/")
+        names = [relpath] if relpath in self._entries else self.files(relpath and relpath.rstrip("/") + "/")
         if not names:
             raise ArtifactError(f"{self.kind} {self.version} at {self.uri} holds no {relpath}")
         if is_local(self.uri):

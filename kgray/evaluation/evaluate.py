@@ -9,14 +9,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kgray.artifact import Artifact, Draft, Recipe, Store
 from kgray.errors import ArtifactError
 from kgray.evaluation.config import EvaluateConfig
-from kgray.evaluation.report import report_of, write_report
-from kgray.evaluation.shards import Measured, Piece, measure, plan, prepare
 from kgray.runtime import cluster_cpus, local_cores, ray_session
+
+if TYPE_CHECKING:
+    from kgray.evaluation.shards import Measured, Piece
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +63,10 @@ def evaluate(
     Raises DataError when the split is empty, NonFiniteError naming the first query with such a score, and
     ArtifactError when model and graph do not belong together.
     """
+    # These import torch (seconds), which evaluate_recipe, asked even when all is up to date, does without.
+    from kgray.evaluation.report import report_of, write_report
+    from kgray.evaluation.shards import plan
+
     for name, artifact in (ablations or {}).items():
         if artifact.kind != "report":
             raise ArtifactError(f"ablation {name}: {artifact.uri} is a {artifact.kind}, not a report")
@@ -89,6 +94,8 @@ def _measure_all(
     """All shards, at most ``workers`` at a time, merged as they come."""
     import ray
     from ray.exceptions import RayTaskError
+
+    from kgray.evaluation.shards import measure, prepare
 
     remote_prepare = ray.remote(prepare)
     remote_measure = ray.remote(measure)

@@ -285,9 +285,9 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def numeric(values: Mapping[str, Any]) -> dict[str, float]:
-    """The entries, at any depth, that are finite numbers; keys dotted."""
+    """The entries, at any depth, that are finite numbers (int or float); keys dotted."""
     return {
-        key: float(value)
+        key: value
         for key, value in flatten(values).items()
         if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     }

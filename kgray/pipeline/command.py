@@ -79,8 +79,8 @@ def run_job(job: str, options: argparse.Namespace) -> dict[str, Any]:
 
     settings = load_config(Settings, options.config, options.overrides)
     if options.show_config:
-        print(show_config(settings), flush=True)
-        return {"status": "shown"}
+        print(show_config(settings), end="", flush=True)
+        return {"_said": True}  # nothing was done, and what was printed can be saved as a YAML file
     return execute(
         job, settings, Path(options.config).stem, keep_serving=getattr(options, "keep_serving", False)
     )
@@ -149,6 +149,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:
         self.print_usage(sys.stderr)
+        message = message.replace(", key=value", "")  # argparse counts it as missing too; it may be left out
         job = self.prog.rpartition(".")[2]
         _say(_failed(job) | {"seconds": 0.0, "metrics": {}, "error": message})
         self.exit(2, f"kgray {job}: {message}\n")

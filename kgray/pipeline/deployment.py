@@ -49,7 +49,7 @@ def deploy_step(work: Work, *, keep_serving: bool) -> str | None:
     found = work.store.find(recipe)
     if found is not None and not keep_serving and not outlives(work):
         log.info(
-            "deploy: up to date (%s %s); its service ended with the job that started it. Below are the answers "
+            "deploy: up to date (%s %s); its service ended with the job that started it. Below: the answers "
             "it gave then; --keep-serving starts it again",
             found.kind,
             found.version,

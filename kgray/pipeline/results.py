@@ -55,32 +55,36 @@ def metrics_of(artifact: Artifact) -> dict[str, float]:
 
 
 def table(work: Work) -> str:
-    """Model, ablations and baselines side by side, a row each, by filtered realistic rank in both
-    directions."""
-    rows: list[tuple[str, dict[str, float]]] = []
+    """Model, ablations and baselines side by side, a row each: filtered realistic ranks, both directions of the
+    entity task and the relation task."""
+    rows: dict[str, dict[str, float]] = {}
     for step, artifact in work.artifacts.items():
         job, _, variant = step.partition(" ")
         if job == "evaluate":
-            rows.append((variant or "model", metrics_of(artifact)))
-    if not rows:
+            rows[variant or "model"] = metrics_of(artifact)
+    if "model" not in rows:
         return ""
-    split = work.settings.evaluate.split
-    protocol = f"{split}.both.realistic.filtered.full"
-    lines = [f"{protocol:<44}" + "".join(f"{column:>10}" for column in _COLUMNS)]
-    for name, metrics in rows:
-        lines.append(f"  {name:<42}" + "".join(_cell(metrics, f"{protocol}.{c}") for c in _COLUMNS))
-    for name, metrics in _baselines(rows[0][1], protocol).items():
-        lines.append(f"  {name:<42}" + "".join(_cell(metrics, c) for c in _COLUMNS))
-    return "\n".join(lines)
+    rows = {"model": rows.pop("model")} | rows
+    rows |= _baselines(rows["model"])
+    blocks = []
+    for side in ("both", "relation"):
+        protocol = f"{work.settings.evaluate.split}.{side}.realistic.filtered.full"
+        measured = {name: row for name, row in rows.items() if f"{protocol}.mrr" in row}
+        if measured:
+            lines = [f"{protocol:<40}" + "".join(f"{column:>10}" for column in _COLUMNS)]
+            for name, row in measured.items():
+                lines.append(f"  {name:<38}" + "".join(_cell(row, f"{protocol}.{c}") for c in _COLUMNS))
+            blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
 
 
-def _baselines(metrics: Mapping[str, float], protocol: str) -> dict[str, dict[str, float]]:
-    """Metrics of the form ``baseline.<name>.<protocol>.<metric>`` by baseline."""
+def _baselines(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """The metrics under ``baseline.<name>.`` by baseline, without that beginning."""
     found: dict[str, dict[str, float]] = {}
     for key, value in metrics.items():
-        head, _, metric = key.partition(f".{protocol}.")
-        if metric and head.startswith("baseline."):
-            found.setdefault(f"baseline: {head.removeprefix('baseline.')}", {})[metric] = value
+        if key.startswith("baseline."):
+            name, _, metric = key.removeprefix("baseline.").partition(".")
+            found.setdefault(f"baseline {name}", {})[metric] = value
     return found
 
 

@@ -34,10 +34,10 @@ def steps_of(settings: Settings) -> list[Step]:
     if settings.text is not None:
         recipe, make = partial(_embed_recipe, text=settings.text), partial(_embed, text=settings.text)
         steps.append(Step("embed", ("ingest",), recipe, make, ("text",)))
-    steps += _model_steps(settings, settings.model, "", _register)
-    for which in ablations_of(settings):
-        steps += _model_steps(settings, ablation(settings.model, which), f" {which}", None)
-    return steps
+    variants = ablations_of(settings)
+    for which in variants:
+        steps += _model_steps(ablation(settings.model, which), f" {which}", (), None)
+    return steps + _model_steps(settings.model, "", variants, _register)
 
 
 def ablations_of(settings: Settings) -> tuple[Ablation, ...]:
@@ -59,10 +59,12 @@ def targets_of(job: str, settings: Settings) -> list[str]:
     return {"embed": ["embed"], "train": ["train"], "deploy": ["train"]}[job]
 
 
-def _model_steps(settings: Settings, model: ModelConfig, suffix: str, done: Any) -> list[Step]:
-    """Training and measuring one variant of the model; ``suffix`` tells its steps from the main ones."""
+def _model_steps(model: ModelConfig, suffix: str, beside: tuple[str, ...], done: Any) -> list[Step]:
+    """Training and measuring one variant of the model. suffix: tells its steps from the main ones. beside:
+    the variants whose reports are shown in this one's."""
     reads_text = model.text.kind != "none"
     train, evaluate = f"train{suffix}", f"evaluate{suffix}"
+    reports = {which: f"evaluate {which}" for which in beside}
     return [
         Step(
             train,
@@ -74,9 +76,9 @@ def _model_steps(settings: Settings, model: ModelConfig, suffix: str, done: Any)
         ),
         Step(
             evaluate,
-            ("ingest", train),
-            partial(_evaluate_recipe, train=train),
-            partial(_evaluate, train=train),
+            ("ingest", train, *reports.values()),
+            partial(_evaluate_recipe, train=train, reports=reports),
+            partial(_evaluate, train=train, reports=reports),
             ("evaluate",),
         ),
     ]
@@ -130,10 +132,12 @@ def _train_recipe(work: Work, model: ModelConfig) -> Recipe:
 
 
 def _train(work: Work, draft: Draft, run: Run, model: ModelConfig) -> Mapping[str, Any]:
+    from kgray.pipeline.relay import relay
     from kgray.training.distributed import train
 
     graph, vectors = work.artifacts["ingest"], _vectors(work, model)
-    return train(draft, work.store, model, work.settings.train, graph, vectors, on_metrics=run.metrics)
+    with relay(run) as on_metrics:
+        return train(draft, work.store, model, work.settings.train, graph, vectors, on_metrics=on_metrics)
 
 
 def _register(work: Work, run: Run, model: Artifact) -> None:
@@ -151,15 +155,21 @@ def register_again(work: Work) -> None:
         register(work.tracker, work.parent, model, numeric(model.counts))
 
 
-def _evaluate_recipe(work: Work, train: str) -> Recipe:
+def _evaluate_recipe(work: Work, train: str, reports: Mapping[str, str]) -> Recipe:
     from kgray.evaluation.evaluate import evaluate_recipe
 
-    return evaluate_recipe(
-        work.store, work.settings.evaluate, work.artifacts[train], work.artifacts["ingest"]
-    )
+    model, graph = work.artifacts[train], work.artifacts["ingest"]
+    return evaluate_recipe(work.store, work.settings.evaluate, model, graph, _reports(work, reports))
 
 
-def _evaluate(work: Work, draft: Draft, run: Run, train: str) -> Mapping[str, Any]:
+def _evaluate(
+    work: Work, draft: Draft, run: Run, train: str, reports: Mapping[str, str]
+) -> Mapping[str, Any]:
     from kgray.evaluation.evaluate import evaluate
 
-    return evaluate(draft, work.settings.evaluate, work.artifacts[train], work.artifacts["ingest"])
+    model, graph = work.artifacts[train], work.artifacts["ingest"]
+    return evaluate(draft, work.settings.evaluate, model, graph, _reports(work, reports))
+
+
+def _reports(work: Work, reports: Mapping[str, str]) -> dict[str, Artifact]:
+    return {which: work.artifacts[step] for which, step in reports.items()}
