@@ -206,7 +206,7 @@ def _union(kind: Any, value: Any, key: str, place: Any) -> Any:
     meant for (a mapping for the only section, a list for the only list), else what all of them would
     take."""
     members = get_args(kind)
-    if value is None and type(None) in members:
+    if type(None) in members and _env_value(value) is None:
         return None
     members = tuple(m for m in members if m is not type(None))
     errors: list[tuple[Any, ConfigError]] = []

@@ -26,6 +26,8 @@ _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _VARIABLE = re.compile(r"\$?\$\{([^}]*)\}")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*$")
+# What YAML wants escaped and JSON does not escape.
+_UNPRINTABLE = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
 
 
 @dataclass
@@ -277,4 +279,4 @@ def _text(text: str) -> str:
     """Text as YAML: bare where it cannot be taken for anything else, else in JSON quotes."""
     if re.fullmatch(r"[A-Za-z_/.][A-Za-z0-9_/.+@-]*", text) and parse_scalar(text) == text:
         return text
-    return json.dumps(text, ensure_ascii=True)
+    return _UNPRINTABLE.sub(lambda c: f"\\u{ord(c.group()):04x}", json.dumps(text, ensure_ascii=False))
