@@ -22,7 +22,7 @@ from kgray.data.bad_rows import BadRows, judge, kept_details
 from kgray.data.config import DataConfig
 from kgray.data.dictionary import STRING, bucket_slices, hash_strings
 from kgray.data.files import Chunk, InputFile, blocks
-from kgray.data.inputs import Sizes, document_files, hash_of, hashed, plan_reading, reading_options
+from kgray.data.inputs import Sizes, document_files, hash_groups, hash_of, hashed, plan_reading, reading_options
 from kgray.data.rows import RowBlock, Shape, not_utf8, read_rows
 from kgray.data.tables import is_blank
 from kgray.data.tasks import fetch, start
@@ -54,7 +54,7 @@ def ingest_corpus(draft: Draft, data: DataConfig, sizes: Sizes | None = None) ->
     sizes = sizes or Sizes()
     files = document_files(data)
     paths = [file.path for file in files]
-    hashing = start("hash files", hash_of, [(file,) for file in files])
+    hashing = start("hash files", hash_of, hash_groups(files))
     shape = document_shape(data)
     plan = plan_reading(files, True, shape, "data.columns", sizes)
     buckets = plan.buckets(sizes)
@@ -105,7 +105,8 @@ def ingest_corpus(draft: Draft, data: DataConfig, sizes: Sizes | None = None) ->
             },
         },
     )
-    draft.write_json("sources.json", fetch("hash files", hashing))
+    hashes = fetch("hash files", hashing)
+    draft.write_json("sources.json", [entry for group in hashes for entry in group])
     draft.write_bytes("quarantine.jsonl", output.quarantine(bad.rows, paths))
     return {"documents": documents, "characters": characters, "quarantined": bad.count, "parts": len(written)}
 

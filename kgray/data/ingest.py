@@ -26,6 +26,7 @@ from kgray.data.inputs import (
     Plan,
     Sizes,
     graph_files,
+    hash_groups,
     hash_of,
     hashed,
     plan_reading,
@@ -77,13 +78,14 @@ def ingest(draft: Draft, data: DataConfig, graph: GraphConfig, sizes: Sizes | No
     on; ConfigError: more partitions than entities.
     """
     run = _Ingest(draft, data, sizes or Sizes())
-    hashing = start("hash files", hash_of, [(file,) for file in run.files])
-    buckets, entities = run.read()
+    hashing = start("hash files", hash_of, hash_groups(run.files))
+    entities = run.read()
     ranges = _ranges(entities, graph)
     encoded = run.encode(ranges)
     writing = run.write_entities(ranges)
     kept = run.finish(encoded, ranges, writing)
-    draft.write_json("sources.json", fetch("hash files", hashing))
+    hashes = fetch("hash files", hashing)
+    draft.write_json("sources.json", [entry for group in hashes for entry in group])
     draft.write_json("partitions.json", {"entities": [list(span) for span in ranges]})
     draft.write_bytes("quarantine.jsonl", output.quarantine(run.bad.rows, run.paths))
     return {
@@ -122,8 +124,8 @@ class _Ingest:
 
     # --- reading and the dictionary ---------------------------------------------------------------
 
-    def read(self) -> tuple[int, int]:
-        """Stages 1 and 2. Returns (hash buckets, entities)."""
+    def read(self) -> int:
+        """Stages 1 and 2. Returns the number of entities."""
         triples = self._plan(_TRIPLES, self.data.header)
         tables = self._plan(("entities",), True)
         self.buckets = buckets = max(triples.buckets(self.sizes), tables.buckets(self.sizes))
@@ -156,7 +158,7 @@ class _Ingest:
         self._merged: list[BucketMerged] = self._collect("merge ids", [one[0] for one in self._merging])
         self._judge()
         self._offsets = [0, *np.cumsum([one.entities for one in self._merged]).tolist()]
-        return buckets, self._offsets[-1]
+        return int(self._offsets[-1])
 
     def _plan(self, roles: Sequence[str], header: bool) -> Plan:
         shape = (triple_shape if roles == _TRIPLES else table_shape)(self.data.columns)

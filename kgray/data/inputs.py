@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kgray.artifact import Source, Store
+from kgray.artifact.manifest import sha256_stream
 from kgray.config import to_dict
 from kgray.data.config import DataConfig, SplitPaths
 from kgray.data.files import (
@@ -20,18 +21,20 @@ from kgray.data.files import (
     file_bytes,
     first_line,
     number_chunks,
+    open_raw,
 )
 from kgray.data.rows import Shape, check_columns
 from kgray.data.tasks import run_all
 from kgray.errors import ConfigError, DataError
 
+_HASH_BYTES = 1 << 30
 _EXPANSION = 6
 """About how much larger text is than its compressed file."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How work is cut. The result does not depend on any of it; tests set it small."""
+    """How work is cut; tests set it small. A graph does not depend on it; a corpus has a shard for each reading task."""
 
     chunk_bytes: int = CHUNK_BYTES
     """Of a file, by one reading task at the most, where the format lets it be cut."""
@@ -150,11 +153,24 @@ def _text_bytes(chunk: Chunk) -> int:
     return (end - start) * (_EXPANSION if packed else 1)
 
 
-def hash_of(file: InputFile) -> dict[str, Any]:
-    """An entry of sources.json: path, sha256, bytes."""
-    from kgray.artifact.manifest import sha256_stream
-    from kgray.data.files import open_raw
+def hash_groups(files: Sequence[InputFile]) -> list[tuple[list[InputFile]]]:
+    """Files as arguments of hashing tasks: a GiB or so each, so that small inputs need one."""
+    groups: list[tuple[list[InputFile]]] = []
+    held = _HASH_BYTES
+    for file in files:
+        if held >= _HASH_BYTES:
+            groups.append(([],))
+            held = 0
+        groups[-1][0].append(file)
+        held += file_bytes(file)
+    return groups
 
-    with open_raw(file) as raw:
-        size = raw.size()
-        return {"path": file.path, "sha256": sha256_stream(raw), "bytes": size}
+
+def hash_of(files: Sequence[InputFile]) -> list[dict[str, Any]]:
+    """Entries of sources.json: path, sha256, bytes."""
+    entries = []
+    for file in files:
+        with open_raw(file) as raw:
+            size = raw.size()
+            entries.append({"path": file.path, "sha256": sha256_stream(raw), "bytes": size})
+    return entries

@@ -58,14 +58,29 @@ def write_entities(
 ) -> int:
     """Write one partition of entities: rows [start, end) of each bucket that reaches into it. Returns its rows."""
     schema = pa.schema([(name, pa.int64() if name == "id" else pa.string()) for name in columns])
+    # Row groups must not follow the buckets: the bytes may not depend on how the work was cut.
+    held: list[Any] = []
     written = first_id
     with draft.open_parquet(f"entities/{part_name(number)}", schema) as writer:
         for (start, end), table in zip(slices, tables, strict=True):
-            for low in range(start, end, ROW_GROUP):
-                rows = table.slice(low, min(ROW_GROUP, end - low))
-                writer.write_table(named(rows, written, columns))
-                written += rows.num_rows
+            while start < end:
+                room = ROW_GROUP - sum(rows.num_rows for rows in held)
+                held.append(named(table.slice(start, min(room, end - start)), 0, columns))
+                start += held[-1].num_rows
+                if held[-1].num_rows == room:
+                    written += _write_group(writer, held, written)
+        if held:
+            written += _write_group(writer, held, written)
     return written - first_id
+
+
+def _write_group(writer: Any, held: list[Any], first_id: int) -> int:
+    """Write the rows held back as one row group with ids from ``first_id``, and let them go."""
+    rows = pa.concat_tables(held).combine_chunks()
+    held.clear()
+    ids = pa.array(np.arange(first_id, first_id + rows.num_rows, dtype=np.int64))
+    writer.write_table(rows.set_column(0, "id", ids))
+    return int(rows.num_rows)
 
 
 def external_ids(table: Any, rows: Sequence[int]) -> list[str]:
