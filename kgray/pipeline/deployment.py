@@ -90,14 +90,20 @@ def _note(run: Run, artifact: Artifact, url: str) -> None:
 
 
 def exchanges(deployment: Artifact) -> str:
-    """The questions asked over HTTP and the answers, as a user would see them with curl."""
+    """The questions asked over HTTP and what was answered, for people."""
     content = deployment.read_json(ANSWERS)
-    lines = []
-    for answer in content["answers"]:
-        lines.append(
-            f"POST {content['url']}{answer['path']} {json.dumps(answer['request'], ensure_ascii=False)}"
-        )
-        lines.append(f"  {answer['status']} {json.dumps(answer['body'], ensure_ascii=False)}")
+    return "\n".join(_exchange(content["url"], answer) for answer in content["answers"])
+
+
+def _exchange(url: str, answer: dict[str, Any]) -> str:
+    body = answer["body"]
+    lines = [f"POST {url}{answer['path']} {json.dumps(answer['request'], ensure_ascii=False)}"]
+    if "predictions" not in body:
+        return f"{lines[0]}\n  {answer['status']} {json.dumps(body, ensure_ascii=False)}"
+    lines.append(f"  {answer['status']}  model {body['model']['version']}  {body['missing']}:")
+    for one in body["predictions"]:
+        known = "  (known)" if one["known"] else ""
+        lines.append(f"  {one['rank']:>4}  {one['score']:>8.3f}  {one['name']}{known}")
     return "\n".join(lines)
 
 
