@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ipaddress
+
 from kgray.config import configuration, option
 from kgray.errors import ConfigError
 
@@ -29,7 +31,8 @@ class ServeConfig:
     """The `serve` section."""
 
     name: str = option("kgray", "Name of the Serve application and of the model in answers.")
-    host: str = option("127.0.0.1", "Address the HTTP server listens on; it has no login of its own.")
+    host: str = option("127.0.0.1", "Address the HTTP server listens on.")
+    insecure: bool = option(False, "Allow a host that others can reach, though there is no login.")
     port: int = option(8000, "Port of the HTTP server; Ray's workers use 10002-19999.")
     replicas: int = option(1, "Processes that answer; they map the same files of the model.")
     num_cpus: float = option(0.2, "CPUs Ray reserves a replica; small, so that a laptop can train and serve.")
@@ -49,8 +52,10 @@ class ServeConfig:
     def __post_init__(self) -> None:
         if not self.name:
             raise ConfigError("name", self.name, "a name")
-        if not self.host:
-            raise ConfigError("host", self.host, "an address, such as 127.0.0.1")
+        if not self.insecure and not _is_loopback(self.host):
+            raise ConfigError(
+                "host", self.host, "a loopback address, or insecure=true: the service asks for no login"
+            )
         if not 1 <= self.port <= 65535 or 10002 <= self.port <= 19999:
             raise ConfigError("port", self.port, "1 to 65535, outside 10002-19999 (Ray's worker ports)")
         for key in (
@@ -76,3 +81,10 @@ class ServeConfig:
                 raise ConfigError(
                     f"examples[{number}].top_k", example.top_k, f"at most max_top_k, {self.max_top_k}"
                 )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

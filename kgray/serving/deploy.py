@@ -28,7 +28,7 @@ from kgray.serving.predictor import Predictor, Query, Ranking
 TOLERANCE = 1e-5
 """Largest difference between a score over HTTP and the same score here, relative where it is above 1."""
 
-_ELSEWHERE = frozenset({"examples", "startup_timeout_s", "host", "port"})
+_ELSEWHERE = frozenset({"examples", "startup_timeout_s", "host", "port", "insecure"})
 """Settings that a running replica does not know, so that a change of theirs needs no new one."""
 
 log = logging.getLogger(__name__)
@@ -81,23 +81,24 @@ def deploy(config: ServeConfig, model: Artifact, *, verify: bool = True) -> Depl
         "serve": to_dict(config),
         "fingerprint": _fingerprint(config, model),
     }
-    before = _deployed(config.name)
+    before = _running(config.name)
     up_to_date = (
-        before is not None
-        and before["fingerprint"] == arguments["fingerprint"]
+        before.arguments is not None
+        and before.arguments["fingerprint"] == arguments["fingerprint"]
         and _answering(url) == model.version
     )
-    if not up_to_date:
-        try:
+    try:
+        if not up_to_date:
             _run(config, arguments, time.monotonic() + config.startup_timeout_s)
             _await_version(url, model.version, time.monotonic() + config.startup_timeout_s)
-        except Exception:
+        answers = tuple(_ask(url, config, query) for query in queries)
+        if verify:
+            for answer, ranking in zip(answers, expected, strict=True):
+                _compare(answer, ranking)
+    except Exception:
+        if not up_to_date:
             _go_back(config, before)
-            raise
-    answers = tuple(_ask(url, config, query) for query in queries)
-    if verify:
-        for answer, ranking in zip(answers, expected, strict=True):
-            _compare(answer, ranking)
+        raise
     return DeployResult(url, model.version, up_to_date, answers)
 
 
@@ -150,7 +151,8 @@ def _start_serve(config: ServeConfig) -> None:
                 "changed while it runs: use that one, or end Serve with 'serve shutdown' first)",
             )
         return
-    _check_free(config)
+    if _on_head():
+        _check_free(config)
     serve.start(
         http_options={
             "host": config.host,
@@ -177,13 +179,24 @@ def _check_free(config: ServeConfig) -> None:
 
 def _url(config: ServeConfig) -> str:
     """Where to ask. A server that listens everywhere is asked on the head node."""
-    import ray
-
     host = config.host
     if host in ("0.0.0.0", "::"):
-        heads = [n for n in ray.nodes() if n["Alive"] and "node:__internal_head__" in n["Resources"]]
-        host = heads[0]["NodeManagerAddress"] if heads else "127.0.0.1"
+        host = str(_head()["NodeManagerAddress"])
     return f"http://[{host}]:{config.port}" if ":" in host else f"http://{host}:{config.port}"
+
+
+def _head() -> dict[str, Any]:
+    """The cluster's head node, where Serve always has an HTTP server."""
+    import ray
+
+    nodes: list[dict[str, Any]] = ray.nodes()
+    return next(node for node in nodes if node["Alive"] and "node:__internal_head__" in node["Resources"])
+
+
+def _on_head() -> bool:
+    import ray
+
+    return bool(ray.get_runtime_context().get_node_id() == _head()["NodeID"])
 
 
 def _fingerprint(config: ServeConfig, model: Artifact) -> str:
@@ -192,34 +205,42 @@ def _fingerprint(config: ServeConfig, model: Artifact) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _deployed(name: str) -> dict[str, Any] | None:
-    """The arguments of the application of that name which answers now; None without one."""
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """Whether there is an application of our name, and what it was deployed from, if it can tell."""
+
+    exists: bool
+    arguments: dict[str, Any] | None
+
+
+def _running(name: str) -> _Running:
     from ray import serve
 
     if name not in serve.status().applications:
-        return None
+        return _Running(False, None)
     try:
         handle = serve.get_app_handle(name)
-        found: dict[str, Any] = handle.deployed_from.remote().result(timeout_s=10)
+        return _Running(True, handle.deployed_from.remote().result(timeout_s=10))
     except Exception as error:
-        # Whatever hinders it from answering, it is nothing to go back to.
+        # Whatever hinders it from answering, it is nothing that can be gone back to.
         log.warning("application %r is there but does not answer: %s", name, error)
-        return None
-    return found
+        return _Running(True, None)
 
 
 def _run(config: ServeConfig, arguments: dict[str, Any], deadline: float) -> None:
     """Hand the application to Serve and wait until it runs. DeployError with Serve's own words if not."""
     from ray import serve
+    from ray.serve.exceptions import RayServeException
 
     from kgray.serving.app import AppArgs, build
 
     target = serve.RunTarget(build(AppArgs(**arguments)), name=config.name, route_prefix="/")
     try:
         serve.run_many([target], wait_for_applications_running=False)
-    except ValueError as error:
-        # Another application sits on the same route.
-        raise UserError(f"Serve refuses to run {config.name!r}: {error}") from error
+    except RayServeException as error:
+        # Another application has the route. Ray puts the traceback of its controller into the text.
+        reason = getattr(error, "cause", error)
+        raise UserError(f"Serve refuses to run {config.name!r} (serve.name): {reason}") from error
     while True:
         status = serve.status().applications[config.name]
         if status.status == "RUNNING":
@@ -255,16 +276,16 @@ def _answering(url: str) -> str | None:
     return response.headers.get("x-kgray-model-version") if response.status_code == 200 else None
 
 
-def _go_back(config: ServeConfig, before: dict[str, Any] | None) -> None:
+def _go_back(config: ServeConfig, before: _Running) -> None:
     """After a failure: make what answered before the wanted state again, or take the failed one away."""
     from ray import serve
 
     try:
-        if before is None:
+        if before.arguments is not None:
+            log.warning("the deployment failed; going back to %s", before.arguments["model"])
+            _run(config, before.arguments, time.monotonic() + config.startup_timeout_s)
+        elif not before.exists:
             serve.delete(config.name)
-        else:
-            log.warning("going back to %s", before["model"])
-            _run(config, before, time.monotonic() + config.startup_timeout_s)
     except Exception:
         # The failure that brought us here matters more; Serve keeps the old replicas in any case.
         log.exception("could not clean up after the failed deployment")

@@ -7,7 +7,6 @@ several rows share is refused with the ids it could mean; guessing would give a 
 from __future__ import annotations
 
 import difflib
-import re
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,8 @@ Field = Literal["head", "relation", "tail"]
 
 _SCAN = 2000
 """Keys compared for a suggestion: all of a small graph, the alphabetic neighbourhood in a large one."""
+
+_SPACES = str.maketrans("_-", "  ")
 
 _LISTED = 20
 """Ids named in the message about an ambiguous name."""
@@ -68,8 +69,9 @@ class Names:
             if first != index:
                 self._shared.setdefault(name, [first]).append(index)
         # One sorted list serves every suggestion; names that spell their id differently come a second time.
-        keys = [(_plain(external), index) for index, external in enumerate(ids)]
-        keys += [(_plain(name), i) for i, name in enumerate(names) if _plain(name) != _plain(ids[i])]
+        plain = [_plain(external) for external in ids]
+        keys = list(zip(plain, range(len(ids)), strict=True))
+        keys += [(key, i) for i, name in enumerate(names) if (key := _plain(name)) != plain[i]]
         keys.sort()
         self._keys = [key for key, _ in keys]
         self._rows = [index for _, index in keys]
@@ -123,4 +125,4 @@ class Names:
 
 def _plain(text: str) -> str:
     """Spelling without case and without the choice between space, dash and underscore."""
-    return re.sub(r"[\s_\-]+", " ", text).strip().casefold()
+    return " ".join(text.translate(_SPACES).split()).casefold()

@@ -22,8 +22,9 @@ import pyarrow as pa
 import pytest
 import torch
 
+import kgray.serving.deploy as deploy_module
 from kgray.artifact import Artifact, Draft, Recipe, Store
-from kgray.errors import ConfigError
+from kgray.errors import ConfigError, UserError
 from kgray.graph.graph import SPLITS, Graph
 from kgray.model.bundle import Bundle, write_bundle
 from kgray.model.config import ModelConfig, ablation
@@ -217,7 +218,9 @@ def test_bad_requests(http: httpx.Client, models: tuple[Artifact, Artifact]) -> 
 
 
 def test_concurrent_requests_are_batched_and_not_mixed_up(http: httpx.Client, config: ServeConfig) -> None:
-    bundle_ids = [e["id"] for e in http.post("/v1/predict", json={**GOOD, "top_k": 100}).json()["predictions"]]
+    bundle_ids = [
+        e["id"] for e in http.post("/v1/predict", json={**GOOD, "top_k": 100}).json()["predictions"]
+    ]
 
     async def flood() -> list[httpx.Response]:
         async with httpx.AsyncClient(base_url=str(http.base_url), trust_env=False, timeout=30) as client:
@@ -274,6 +277,26 @@ def test_a_failed_deployment_leaves_the_old_version_answering(
     response = http.post("/v1/predict", json=GOOD)
     assert response.status_code == 200
     assert response.headers["x-kgray-model-version"] == models[0].version
+
+
+def test_a_version_that_answers_wrongly_is_taken_back(
+    http: httpx.Client,
+    config: ServeConfig,
+    models: tuple[Artifact, Artifact],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(deploy_module, "TOLERANCE", -1.0)  # nothing is right enough
+    with pytest.raises(DeployError, match="but the model gives"):
+        deploy(config, models[1])
+    assert http.post("/v1/predict", json=GOOD).headers["x-kgray-model-version"] == models[0].version
+
+
+def test_a_route_that_another_application_has(
+    http: httpx.Client, config: ServeConfig, models: tuple[Artifact, Artifact]
+) -> None:
+    with pytest.raises(UserError, match=r"'other' \(serve.name\): Prefix / is being used"):
+        deploy(replace(config, name="other"), models[1])
+    assert http.post("/v1/predict", json=GOOD).headers["x-kgray-model-version"] == models[0].version
 
 
 def test_redeployment_swaps_the_version_without_a_gap(

@@ -428,6 +428,8 @@ def test_a_body_that_never_comes_and_a_client_that_leaves() -> None:
     ("values", "key"),
     [
         ({"port": 0}, "port"),
+        ({"host": "0.0.0.0"}, "host"),
+        ({"host": ""}, "host"),
         ({"port": 12000}, "port"),
         ({"port": "8000"}, "port"),
         ({"max_top_k": 0}, "max_top_k"),
