@@ -50,9 +50,7 @@ class NeighbourSampler:
         self._local = np.full(index.num_entities, -1, dtype=np.int64)
         self._removed = np.zeros(index.num_triples, dtype=bool)
 
-    def sample(
-        self, seeds: Int64, generator: np.random.Generator, exclude: Int64 | None = None
-    ) -> list[Block]:
+    def sample(self, seeds: Int64, generator: np.random.Generator, exclude: Int64 | None = None) -> list[Block]:
         """Blocks from the outermost hop inward; the last one's targets are ``seeds`` (unique entity ids).
 
         exclude: positions of triples whose edge and reciprocal carry no message (the targets of the batch).

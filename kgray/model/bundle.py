@@ -2,8 +2,8 @@
 
 config.json       the model's configuration, its graph, vectors and how it was trained
 model.safetensors the trained weights
-entities.npy      (N, d) float32 entity states, memory-mapped by every process of a node
-relations.npy     (2R, d) float32 relation vectors of the decoder
+heads.npy, tails.npy  (N, w) float32 states of entities as head and as candidate, memory-mapped on a node
+relations.npy     (2R, w) float32 relation vectors of the decoder
 entities.parquet, relations.parquet   id, external_id, name in dense-id order
 known.safetensors the facts of all splits, to filter or mark known answers
 history.json      metrics over the epochs
@@ -48,11 +48,18 @@ def write_bundle(
     info: Mapping[str, Any],
 ) -> None:
     """Write every file of a ``model`` artifact into ``folder``."""
-    config = {"format": FORMAT, "model": to_dict(model.config), "graph": graph.version, "scale": scorer.scale, **info}
+    config = {
+        "format": FORMAT,
+        "model": to_dict(model.config),
+        "graph": graph.version,
+        "scale": scorer.scale,
+        **info,
+    }
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     (folder / "history.json").write_text(json.dumps(list(history), indent=1) + "\n")
     save_file({k: v.contiguous().cpu() for k, v in model.state_dict().items()}, folder / "model.safetensors")
-    np.save(folder / "entities.npy", scorer.states.cpu().numpy())
+    np.save(folder / "heads.npy", scorer.heads.cpu().numpy())
+    np.save(folder / "tails.npy", scorer.tails.cpu().numpy())
     np.save(folder / "relations.npy", scorer.relations.cpu().numpy())
     _write_names(folder / "entities.parquet", graph.entity_ids, graph.entity_names)
     _write_names(folder / "relations.parquet", graph.relation_ids, graph.relation_names)
@@ -92,12 +99,13 @@ class Bundle:
         if info.get("format") != FORMAT:
             raise ArtifactError(f"{artifact.uri} has model format {info.get('format')}, this kgray reads {FORMAT}")
         # Copy-on-write mapping: shared pages as with "r", but torch need not warn of a read-only array.
-        states = torch.from_numpy(np.load(folder / "entities.npy", mmap_mode="c"))
+        heads, tails = (torch.from_numpy(np.load(folder / f, mmap_mode="c")) for f in ("heads.npy", "tails.npy"))
         relations = torch.from_numpy(np.load(folder / "relations.npy"))
         known = FilterIndex.from_arrays(load_arrays(folder / "known.safetensors"))
-        scorer = StateScorer(states, relations, info["model"]["decoder"], info["scale"])
-        if states.shape[1] != relations.shape[1]:
-            raise ArtifactError(f"{artifact.uri}: entity states are {states.shape[1]} wide, relations {relations.shape[1]}")
+        scorer = StateScorer(heads, tails, relations, info["model"]["decoder"], info["scale"])
+        if heads.shape != tails.shape or heads.shape[1] != relations.shape[1]:
+            shapes = [list(t.shape) for t in (heads, tails, relations)]
+            raise ArtifactError(f"{artifact.uri}: heads, tails and relations do not fit together: {shapes}")
         return cls(folder, scorer, known, artifact.version, info["graph"], info)
 
     @property

@@ -32,10 +32,12 @@ class StructureConfig:
     """A learned vector an entity."""
 
     kind: Literal["embedding", "none"] = option(
-        "embedding", "embedding: one trained vector an entity; none: entities are known by text and neighbours only."
+        "embedding",
+        "embedding: one trained vector an entity; none: entities are known by text and neighbours only.",
     )
     drop: float = option(
-        0.1, "Share of entities whose vector is withheld in a step, so that the model learns to do without it."
+        0.1,
+        "Share of entities whose vector is withheld in a step, so that the model learns to do without it.",
     )
     init_scale: float = option(0.02, "Standard deviation of the initial vectors.")
 
@@ -50,9 +52,12 @@ class GnnConfig:
 
     kind: str = option("attention", "Convolution: none, attention, gat, gcn, gin, rgcn, sage.")
     composition: Literal["multiply", "subtract", "add"] = option(
-        "multiply", "How a neighbour and the relation to it become one message (CompGCN); rgcn has its own way."
+        "multiply",
+        "How a neighbour and the relation to it become one message (CompGCN); rgcn has its own way.",
     )
-    fanouts: tuple[int, ...] = option((10,), "Neighbours drawn an entity, a number a layer, nearest hop first; -1: all.")
+    fanouts: tuple[int, ...] = option(
+        (10,), "Neighbours drawn an entity, a number a layer, nearest hop first; -1: all."
+    )
     inference_fanouts: tuple[int, ...] = option(
         (64,), "The same when states are computed for ranking and serving; drawn once, with a fixed seed."
     )
@@ -67,7 +72,9 @@ class GnnConfig:
             if not numbers or any(n == 0 or n < -1 for n in numbers):
                 raise ConfigError(key, list(numbers), "positive numbers, or -1 for all neighbours")
         if len(self.fanouts) != len(self.inference_fanouts):
-            raise ConfigError("inference_fanouts", list(self.inference_fanouts), f"{len(self.fanouts)} numbers, one a layer")
+            raise ConfigError(
+                "inference_fanouts", list(self.inference_fanouts), f"{len(self.fanouts)} numbers, one a layer"
+            )
 
     @property
     def layers(self) -> int:
@@ -82,9 +89,12 @@ class ObjectiveConfig:
     negatives: int = option(2048, "sampled_softmax: uniform negatives a step, besides the batch's own entities.")
     label_smoothing: float = option(0.0, "Probability spread over all candidates.")
     relation_weight: float = option(
-        0.1, "Weight of predicting the relation of (head, ?, tail) besides the entity (Chen et al. 2021); 0 is off."
+        0.1,
+        "Weight of predicting the relation of (head, ?, tail) besides the entity (Chen et al. 2021); 0 is off.",
     )
-    n3: float = option(0.0, "Weight of the nuclear 3-norm of the vectors that meet in the decoder (Lacroix et al. 2018).")
+    n3: float = option(
+        0.0, "Weight of the nuclear 3-norm of the vectors that meet in the decoder (Lacroix et al. 2018)."
+    )
 
     def __post_init__(self) -> None:
         _fraction("label_smoothing", self.label_smoothing)
@@ -105,6 +115,14 @@ class ModelConfig:
     fusion: str = option("gated", "How text and structure become one vector: concat, gated, weighted.")
     gnn: GnnConfig = option(GnnConfig, "Graph network.")
     decoder: str = option("complex", "How query and candidate meet: complex, distmult.")
+    skip_structure: bool = option(
+        True,
+        "Whether the structural vectors also meet in the decoder as they are, beside the fused state: the score is then "
+        "the sum of a fused and a purely structural one.",
+    )
+    query_hidden: int = option(
+        512, "Width of the hidden layer that makes a state the head of a query; 0 uses the state as it is."
+    )
     dropout: float = option(0.1, "Dropout of entity states and queries.")
     objective: ObjectiveConfig = option(ObjectiveConfig, "Training objective.")
 
@@ -112,18 +130,22 @@ class ModelConfig:
         _fraction("dropout", self.dropout)
         if self.dim < 2 or self.dim % 2:
             raise ConfigError("dim", self.dim, "an even number")
+        if self.query_hidden < 0:
+            raise ConfigError("query_hidden", self.query_hidden, "a width, or 0 for no layer")
         if self.gnn.kind != "none" and self.dim % self.gnn.heads:
             raise ConfigError("gnn.heads", self.gnn.heads, f"a divisor of dim ({self.dim})")
         if self.text.kind == "none" and self.structure.kind == "none":
-            raise ConfigError("structure.kind", "none", "'embedding', as text.kind is none too: nothing would tell entities apart")
+            raise ConfigError(
+                "structure.kind",
+                "none",
+                "'embedding', as text.kind is none too: nothing would tell entities apart",
+            )
 
 
 def ablation(config: ModelConfig, which: Ablation) -> ModelConfig:
     """The same model without its graph side (text_only) or without its text side (graph_only)."""
     if which == "text_only":
-        return replace(
-            config, structure=replace(config.structure, kind="none"), gnn=replace(config.gnn, kind="none")
-        )
+        return replace(config, structure=replace(config.structure, kind="none"), gnn=replace(config.gnn, kind="none"))
     return replace(
         config,
         text=replace(config.text, kind="none"),

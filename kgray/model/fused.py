@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,12 @@ class Neighbourhood:
         if not blocks:
             return cls(seeds, [])
         hops = [
-            (b.num_targets, torch.from_numpy(b.source), torch.from_numpy(b.target), torch.from_numpy(b.relation))
+            (
+                b.num_targets,
+                torch.from_numpy(b.source),
+                torch.from_numpy(b.target),
+                torch.from_numpy(b.relation),
+            )
             for b in blocks
         ]
         return cls(torch.from_numpy(blocks[0].nodes), hops)
@@ -46,6 +52,29 @@ class Neighbourhood:
     def to(self, device: torch.device) -> Neighbourhood:
         hops = [(n, s.to(device), t.to(device), r.to(device)) for n, s, t, r in self.hops]
         return Neighbourhood(self.nodes.to(device), hops)
+
+
+class States(NamedTuple):
+    """What an entity is as the head of a query and as a candidate tail; both (n, w)."""
+
+    head: Tensor
+    tail: Tensor
+
+
+class StructuralSkip(nn.Module):
+    """Relation vectors by which structural vectors meet on their own (late fusion inside one decoder)."""
+
+    def __init__(self, num_relations: int, dim: int) -> None:
+        super().__init__()
+        self.relations = nn.Embedding(num_relations, dim)
+        nn.init.normal_(self.relations.weight, std=0.5)
+
+
+def join(a: Tensor, b: Tensor) -> Tensor:
+    """Two (n, d) as one (n, 2d) whose score is the sum of theirs: halves are joined with halves, so that a decoder
+    that reads real and imaginary parts finds them where it looks."""
+    (a_re, a_im), (b_re, b_im) = a.chunk(2, dim=-1), b.chunk(2, dim=-1)
+    return torch.cat([a_re, b_re, a_im, b_im], dim=-1)
 
 
 class FusedModel(nn.Module):
@@ -85,9 +114,19 @@ class FusedModel(nn.Module):
             self.fusion = None
         self.relations = nn.Embedding(2 * num_relations, dim)
         nn.init.normal_(self.relations.weight, std=0.5)
+        self.skip: StructuralSkip | None = None
+        if config.skip_structure and self.structure is not None:
+            self.skip = StructuralSkip(2 * num_relations, dim)
+        self.to_query: nn.Module | None = None
+        if config.query_hidden:
+            self.to_query = nn.Sequential(
+                nn.Linear(dim, config.query_hidden), nn.GELU(), nn.Linear(config.query_hidden, dim)
+            )
         self.gnn: GraphNetwork | None = None
         if config.gnn.kind != "none":
             self.gnn = GraphNetwork(config.gnn, dim, 2 * num_relations)
+        self.message_relations: nn.Embedding | None = None
+        if self.gnn is not None and self.gnn.reads_relations:
             # Relations speak differently in a message than in a query: a vector of their own, text shared.
             self.message_relations = nn.Embedding(2 * num_relations, dim)
             nn.init.normal_(self.message_relations.weight, std=0.5)
@@ -96,22 +135,28 @@ class FusedModel(nn.Module):
         # Scores start on the scale of one: d terms of order one are summed.
         self.log_scale = nn.Parameter(torch.tensor(-0.5 * torch.log(torch.tensor(float(dim))).item()))
 
-    def fuse(self, nodes: Tensor) -> Tensor:
-        """S: (n,) ids -> (n, d)."""
+    def fuse(self, nodes: Tensor, structure: tuple[Tensor, Tensor] | None) -> Tensor:
+        """S: (n,) ids and their structural vectors -> (n, d)."""
         text = None if self.text is None else self.text(nodes)
-        if self.structure is None:
+        if structure is None:
             return text  # type: ignore[return-value]  # ModelConfig refuses a model with neither
-        structure, has = self.structure(nodes)
+        vectors, has = structure
         if text is None or self.fusion is None:
-            return structure  # type: ignore[no-any-return]
-        return self.fusion(text, structure, has)  # type: ignore[no-any-return]
+            return vectors
+        return self.fusion(text, vectors, has)  # type: ignore[no-any-return]
 
-    def encode(self, neighbourhood: Neighbourhood) -> Tensor:
-        """H of the seeds: (u, d)."""
-        x = self.fuse(neighbourhood.nodes)
+    def encode(self, neighbourhood: Neighbourhood) -> States:
+        """States of the seeds, (u, w) in each of their two parts; w = d, or 2d with the structural skip."""
+        structure = None if self.structure is None else self.structure(neighbourhood.nodes)
+        x = self.fuse(neighbourhood.nodes, structure)
         if self.gnn is not None:
             x = self.gnn(x, neighbourhood.hops, self.message_vectors())
-        return self.dropout(self.norm(x))  # type: ignore[no-any-return]
+        x = self.dropout(self.norm(x))
+        head = x if self.to_query is None else x + self.to_query(x)
+        if self.skip is None or structure is None:
+            return States(head, x)
+        own = self.dropout(structure[0][: len(x)])
+        return States(join(head, own), join(x, own))
 
     def _with_text(self, own: Tensor) -> Tensor:
         if self.relation_text is None:
@@ -119,17 +164,18 @@ class FusedModel(nn.Module):
         return own + self.relation_text.project(self.relation_text.vectors.to(own.dtype))
 
     def relation_vectors(self) -> Tensor:
-        """(2R, d) vectors of real and reciprocal relations in the decoder."""
-        return self._with_text(self.relations.weight)
+        """(2R, w) vectors of real and reciprocal relations in the decoder."""
+        own = self._with_text(self.relations.weight)
+        return own if self.skip is None else join(own, self.skip.relations.weight)
 
-    def message_vectors(self) -> Tensor:
-        """(2R, d) vectors of relations in messages."""
-        return self._with_text(self.message_relations.weight)
+    def message_vectors(self) -> Tensor | None:
+        """(2R, d) vectors of relations in messages, or None where messages have no use for them."""
+        return None if self.message_relations is None else self._with_text(self.message_relations.weight)
 
     def query(self, heads: Tensor, relations: Tensor) -> Tensor:
-        """(q, d) states, (q, d) relation vectors -> (q, d); inner products with candidates are scores."""
+        """(q, w) head states, (q, w) relation vectors -> (q, w); inner products with tail states are scores."""
         return self.decoder.query(heads, relations) * self.log_scale.exp()
 
     def relation_scores(self, heads: Tensor, tails: Tensor, relations: Tensor) -> Tensor:
-        """(q, d) x 2, (k, d) relation vectors -> (q, k) scores of the triples."""
+        """(q, w) head and tail states, (k, w) relation vectors -> (q, k) scores of the triples."""
         return (self.decoder.relation_query(heads, tails) * self.log_scale.exp()) @ relations.T

@@ -49,4 +49,4 @@ class ConcatFusion(nn.Module):
         self.mix = nn.Linear(2 * dim, dim)
 
     def forward(self, text: Tensor, structure: Tensor, has_structure: Tensor) -> Tensor:
-        return text + self.mix(torch.cat([text, structure * has_structure], dim=1))
+        return text + self.mix(torch.cat([text, structure * has_structure], dim=1))  # type: ignore[no-any-return]

@@ -25,7 +25,7 @@ GNNS: Registry[LayerFactory] = Registry("model.gnn.kind")
 @torch.no_grad()
 def _mean_scale(target: Tensor, size: int) -> Tensor:
     """(E,) weights 1 / sqrt(in-degree of the target)."""
-    return degree(target, size).clamp(min=1).rsqrt()[target]
+    return degree(target, size).clamp(min=1).rsqrt()[target]  # type: ignore[no-any-return]
 
 
 class ComposedConv(nn.Module):
@@ -33,6 +33,8 @@ class ComposedConv(nn.Module):
 
     conv: takes ((messages, targets), edge_index[, edge_weight]) and gives (targets, d).
     """
+
+    reads_relations = True
 
     def __init__(self, conv: nn.Module, composition: str, *, normalised: bool = False) -> None:
         super().__init__()
@@ -59,27 +61,32 @@ class ComposedConv(nn.Module):
 class RelationalConv(nn.Module):
     """R-GCN (Schlichtkrull et al. 2018): a matrix a relation, as a mixture of a few bases."""
 
+    reads_relations = False
+
     def __init__(self, dim: int, num_relations: int) -> None:
         super().__init__()
         self.conv = RGCNConv((dim, dim), dim, num_relations, num_bases=min(8, num_relations))
 
-    def forward(self, x: Tensor, targets: int, source: Tensor, target: Tensor, relation: Tensor, z: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, targets: int, source: Tensor, target: Tensor, relation: Tensor, z: Tensor | None
+    ) -> Tensor:
         return self.conv((x, x[:targets]), torch.stack([source, target]), relation)  # type: ignore[no-any-return]
 
 
 @GNNS.register("attention")
 def _attention(config: GnnConfig, dim: int, num_relations: int) -> nn.Module:
     """Ego-graph attention: dot-product attention of an entity over its composed neighbours (Shi et al. 2021)."""
-    conv = TransformerConv((dim, dim), dim // config.heads, heads=config.heads, dropout=config.dropout, root_weight=False)
+    conv = TransformerConv(
+        (dim, dim), dim // config.heads, heads=config.heads, dropout=config.dropout, root_weight=False
+    )
+    conv.lin_skip = None  # made by torch-geometric all the same, and never used without the root weight
     return ComposedConv(conv, config.composition)
 
 
 @GNNS.register("gat")
 def _gat(config: GnnConfig, dim: int, num_relations: int) -> nn.Module:
     """GATv2 (Brody et al. 2022)."""
-    conv = GATv2Conv(
-        (dim, dim), dim // config.heads, heads=config.heads, dropout=config.dropout, add_self_loops=False
-    )
+    conv = GATv2Conv((dim, dim), dim // config.heads, heads=config.heads, dropout=config.dropout, add_self_loops=False)
     return ComposedConv(conv, config.composition)
 
 
@@ -117,11 +124,16 @@ class GraphNetwork(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(config.layers))
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, blocks: list[tuple[int, Tensor, Tensor, Tensor]], z: Tensor) -> Tensor:
+    @property
+    def reads_relations(self) -> bool:
+        """Whether messages are made with relation vectors; R-GCN has matrices of its own."""
+        return any(layer.reads_relations for layer in self.layers)
+
+    def forward(self, x: Tensor, blocks: list[tuple[int, Tensor, Tensor, Tensor]], z: Tensor | None) -> Tensor:
         """x (n, d) states of the outermost block's nodes -> states of the innermost block's targets.
 
         blocks: (number of targets, source, target, relation) from the outermost hop inward.
-        z: (2R, d) relation vectors.
+        z: (2R, d) relation vectors, or None where no layer reads them.
         """
         for layer, norm, (targets, source, target, relation) in zip(self.layers, self.norms, blocks, strict=True):
             x = x[:targets] + self.dropout(norm(layer(x, targets, source, target, relation, z)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from kgray.model.config import ObjectiveConfig
@@ -40,8 +40,8 @@ def batch_loss(model: FusedModel, batch: Batch, config: ObjectiveConfig) -> tupl
     """The mean loss over the batch's queries, and its parts for the log."""
     states = model.encode(batch.neighbourhood)
     vectors = model.relation_vectors()
-    heads, tails, relations = states[batch.head], states[batch.tail], vectors[batch.relation]
-    scores = (model.dropout(model.query(heads, relations)) @ states.T).float()
+    heads, tails, relations = states.head[batch.head], states.tail[batch.tail], vectors[batch.relation]
+    scores = (model.dropout(model.query(heads, relations)) @ states.tail.T).float()
     entity = entity_loss(scores, batch, config.label_smoothing)
     loss, parts = entity, {"entity": entity.detach()}
     if config.relation_weight:

@@ -11,7 +11,7 @@ from torch import Tensor
 from kgray.graph.neighbours import NeighbourIndex
 from kgray.graph.sampler import NeighbourSampler, step_generator
 from kgray.model.decoders import DECODERS
-from kgray.model.fused import FusedModel, Neighbourhood
+from kgray.model.fused import FusedModel, Neighbourhood, States
 
 INFERENCE_SEED = 0
 """Hubs with more neighbours than the inference fan-out are sampled once, the same for every run."""
@@ -20,47 +20,49 @@ INFERENCE_SEED = 0
 class StateScorer:
     """Scores of triples from states; float32, on the states' device.
 
-    states: (N, d) entity states H. relations: (2R, d) vectors, reciprocal ones from R on.
+    heads, tails: (N, w) states of entities as head of a query and as candidate (one tensor where they are the same).
+    relations: (2R, w) vectors, reciprocal ones from R on.
     Tails are scored by the real relation, heads by its reciprocal; a whole triple and a relation by the mean of
     both directions, as neither direction is the better one (a reciprocal model has no single triple score).
     """
 
-    def __init__(self, states: Tensor, relations: Tensor, decoder: str, scale: float) -> None:
-        self.states = states
+    def __init__(self, heads: Tensor, tails: Tensor, relations: Tensor, decoder: str, scale: float) -> None:
+        self.heads = heads
+        self.tails = tails
         self.relations = relations
         self.decoder = DECODERS.get(decoder)()
         self.scale = scale
 
     @property
     def num_entities(self) -> int:
-        return len(self.states)
+        return len(self.tails)
 
     @property
     def num_relations(self) -> int:
         return len(self.relations) // 2
 
     def _query(self, entities: Tensor, relations: Tensor) -> Tensor:
-        return self.decoder.query(self.states[entities], self.relations[relations]) * self.scale
+        return self.decoder.query(self.heads[entities], self.relations[relations]) * self.scale
 
     def score_tails(self, heads: Tensor, relations: Tensor) -> Tensor:
         """(B,) int64 x 2 -> (B, N)."""
-        return self._query(heads, relations) @ self.states.T
+        return self._query(heads, relations) @ self.tails.T
 
     def score_heads(self, relations: Tensor, tails: Tensor) -> Tensor:
         """(B,) int64 x 2 -> (B, N)."""
-        return self._query(tails, relations + self.num_relations) @ self.states.T
+        return self._query(tails, relations + self.num_relations) @ self.tails.T
 
     def score_relations(self, heads: Tensor, tails: Tensor) -> Tensor:
         """(B,) int64 x 2 -> (B, R)."""
-        forward = self.decoder.relation_query(self.states[heads], self.states[tails])
-        backward = self.decoder.relation_query(self.states[tails], self.states[heads])
+        forward = self.decoder.relation_query(self.heads[heads], self.tails[tails])
+        backward = self.decoder.relation_query(self.heads[tails], self.tails[heads])
         r = self.num_relations
         return (forward @ self.relations[:r].T + backward @ self.relations[r:].T) * (0.5 * self.scale)
 
     def score_triples(self, heads: Tensor, relations: Tensor, tails: Tensor) -> Tensor:
         """(B,) int64 x 3 -> (B,)."""
-        forward = (self._query(heads, relations) * self.states[tails]).sum(dim=1)
-        backward = (self._query(tails, relations + self.num_relations) * self.states[heads]).sum(dim=1)
+        forward = (self._query(heads, relations) * self.tails[tails]).sum(dim=1)
+        backward = (self._query(tails, relations + self.num_relations) * self.tails[heads]).sum(dim=1)
         return 0.5 * (forward + backward)
 
 
@@ -70,16 +72,18 @@ def scorer_of(model: FusedModel, index: NeighbourIndex, *, batch_size: int = 409
     model.eval()
     try:
         with torch.inference_mode():
-            states = torch.cat(list(_states(model, index, batch_size))).float()
+            parts = list(_states(model, index, batch_size))
+            heads = torch.cat([part.head for part in parts]).float()
+            tails = torch.cat([part.tail for part in parts]).float()
             relations = model.relation_vectors().float()
             scale = float(model.log_scale.exp())
     finally:
         model.train(was_training)
     # Leaving inference mode for good: the scorer's tensors meet ordinary ones.
-    return StateScorer(states.clone(), relations.clone(), model.config.decoder, scale)
+    return StateScorer(heads.clone(), tails.clone(), relations.clone(), model.config.decoder, scale)
 
 
-def _states(model: FusedModel, index: NeighbourIndex, batch_size: int) -> Iterator[Tensor]:
+def _states(model: FusedModel, index: NeighbourIndex, batch_size: int) -> Iterator[States]:
     device = model.log_scale.device
     sampler = NeighbourSampler(index, model.config.gnn.inference_fanouts) if model.gnn is not None else None
     for start in range(0, index.num_entities, batch_size):

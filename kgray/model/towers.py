@@ -24,7 +24,10 @@ class FrozenText(nn.Module):
         self.linear = nn.Linear(width, dim)
         self.mlp = (
             nn.Sequential(
-                nn.Linear(width, config.hidden), nn.GELU(), nn.Dropout(config.dropout), nn.Linear(config.hidden, dim)
+                nn.Linear(width, config.hidden),
+                nn.GELU(),
+                nn.Dropout(config.dropout),
+                nn.Linear(config.hidden, dim),
             )
             if config.hidden
             else None

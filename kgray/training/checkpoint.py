@@ -36,7 +36,11 @@ class Position:
 
 
 def save_checkpoint(
-    folder: Path, run: Mapping[str, Any], position: Position, model: Mapping[str, Tensor], optimisers: Mapping[str, Any]
+    folder: Path,
+    run: Mapping[str, Any],
+    position: Position,
+    model: Mapping[str, Tensor],
+    optimisers: Mapping[str, Any],
 ) -> None:
     """Write the checkpoint of a worker into ``folder``; ``run`` says whose it is (graph version, configuration)."""
     state = {

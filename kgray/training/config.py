@@ -46,7 +46,9 @@ class TrainConfig:
     valid_triples: int | None = option(None, "Validate on this many seeded validation triples; null takes all.")
     checkpoint_steps: int = option(0, "Steps between checkpoints within an epoch; 0 writes one an epoch only.")
     workers: int = option(1, "Ray Train workers.")
-    device: Literal["auto", "cpu", "cuda"] = option("auto", "Where workers compute; auto takes GPUs where there are enough.")
+    device: Literal["auto", "cpu", "cuda"] = option(
+        "auto", "Where workers compute; auto takes GPUs where there are enough."
+    )
     cpus_per_worker: float | None = option(None, "Logical CPUs a worker reserves; null shares what the cluster has.")
     max_failures: int = option(2, "Worker failures survived by restarting from the last checkpoint.")
 

@@ -159,7 +159,7 @@ class Trainer:
         for step, batch in enumerate(self.batches.epoch(at.epoch, at.step), start=at.step):
             with torch.autocast(self.worker.device.type, self.autocast, enabled=self.autocast is not None):
                 loss, parts = batch_loss(self.model, batch.to(self.worker.device), self.model.config.objective)
-            (loss / config.accumulate).backward()
+            (loss / config.accumulate).backward()  # type: ignore[no-untyped-call]
             pending.append((step, {"loss": loss.detach(), **parts}))
             update = (step + 1) % config.accumulate == 0 or step == last
             if update:
@@ -174,25 +174,34 @@ class Trainer:
             if time.monotonic() - said > LOG_SECONDS and at.steps:
                 said = time.monotonic()
                 self.worker.say(
-                    "epoch %d: step %d of %d, loss %.4f", at.epoch, at.step, last + 1, at.loss_sum["loss"] / at.steps
+                    "epoch %d: step %d of %d, loss %.4f",
+                    at.epoch,
+                    at.step,
+                    last + 1,
+                    at.loss_sum["loss"] / at.steps,
                 )
 
     def _settle(self, pending: list[tuple[int, dict[str, torch.Tensor]]]) -> None:
         """Add finished losses to the epoch's mean. Read in groups: each read makes a GPU wait."""
         at = self.position
+        broken = ""
         for step, parts in pending:
             values = {name: float(value) for name, value in parts.items()}
-            if not all(math.isfinite(v) for v in values.values()):
-                bad = ", ".join(f"{k}={v}" for k, v in values.items())
-                raise TrainingError(
-                    f"the loss became non-finite at epoch {at.epoch}, step {step} ({bad}): lower train.optimiser.lr "
-                    f"(now {self.config.optimiser.lr}) or train.optimiser.table_lr (now {self.config.optimiser.table_lr}), "
-                    "set train.optimiser.clip_norm, or train.precision=float32"
-                )
+            if not broken and not all(math.isfinite(v) for v in values.values()):
+                broken = f"epoch {at.epoch}, step {step} (" + ", ".join(f"{k}={v}" for k, v in values.items()) + ")"
             for name, value in values.items():
                 at.loss_sum[name] = at.loss_sum.get(name, 0.0) + value
             at.steps += 1
         pending.clear()
+        # All workers stop together: one that went on would wait in the next exchange for ever.
+        broken = next((b for b in self.worker.gather(broken) if b), "")
+        if broken:
+            optimiser = self.config.optimiser
+            raise TrainingError(
+                f"the loss became non-finite at {broken}: lower train.optimiser.lr (now {optimiser.lr}) or "
+                f"train.optimiser.table_lr (now {optimiser.table_lr}), set train.optimiser.clip_norm (now "
+                f"{optimiser.clip_norm}), or train.precision=float32"
+            )
 
     def _validate(self) -> dict[str, float]:
         at = self.position
@@ -231,7 +240,14 @@ class Trainer:
         if at.best_weights:
             self.model.load_state_dict(at.best_weights)
         why = "patience ran out" if at.stale >= self.config.patience else "all epochs done"
-        self.worker.say("%s after epoch %d: weights of epoch %d restored (%s %.4f)", why, at.epoch, at.best_epoch, METRIC, at.best)
+        self.worker.say(
+            "%s after epoch %d: weights of epoch %d restored (%s %.4f)",
+            why,
+            at.epoch,
+            at.best_epoch,
+            METRIC,
+            at.best,
+        )
         self.model.eval()
         return Fit(self.model, scorer_of(self.model, self.index), at.history, at.best_epoch, at.best)
 

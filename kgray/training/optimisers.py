@@ -25,7 +25,10 @@ class Optimisers:
         self.dense = [p for p in model.parameters() if p not in tables]
         self.tables = list(tables)
         self._optimisers: list[tuple[torch.optim.Optimizer, float]] = [
-            (torch.optim.AdamW(self.dense, lr=config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay), config.lr)
+            (
+                torch.optim.AdamW(self.dense, lr=config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay),
+                config.lr,
+            )
         ]
         if self.tables:
             self._optimisers.append((torch.optim.Adagrad(self.tables, lr=config.table_lr), config.table_lr))

@@ -1,0 +1,217 @@
+"""Training on Ray Train: workers that read artifacts, run the one loop, and resume from the last checkpoint.
+
+The run's name is the version of the model it will become, so the same recipe goes on where it stopped, whoever was
+killed, and another recipe can never pick up its checkpoints.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kgray.artifact import Artifact, Draft, Recipe, Store
+from kgray.artifact.filesystem import is_local, resolve
+from kgray.config import to_dict
+from kgray.errors import TrainingError, UserError
+from kgray.model.config import ModelConfig
+from kgray.runtime import cluster_cpus, cluster_gpus, local_cores
+from kgray.training.config import TrainConfig
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+OnMetrics = Callable[[int, Mapping[str, float]], None]
+_RUNS = "train"
+_NOT_IDENTITY = ("device", "cpus_per_worker", "max_failures", "checkpoint_steps")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker is told; small, as it travels to each of them."""
+
+    draft: Draft
+    graph: Artifact
+    vectors: Artifact | None
+    model: ModelConfig
+    train: TrainConfig
+    info: Mapping[str, Any]
+
+
+def train_recipe(
+    store: Store, model: ModelConfig, train: TrainConfig, graph: Artifact, vectors: Artifact | None
+) -> Recipe:
+    """What a ``model`` artifact depends on; the number of workers counts, as it sets the global batch."""
+    inputs = (graph.source,) if vectors is None else (graph.source, vectors.source)
+    how = {k: v for k, v in to_dict(train).items() if k not in _NOT_IDENTITY}
+    return Recipe("model", FORMAT, inputs, {"model": to_dict(model), "train": how})
+
+
+def train(
+    draft: Draft,
+    store: Store,
+    model: ModelConfig,
+    train: TrainConfig,
+    graph: Artifact,
+    vectors: Artifact | None,
+    *,
+    on_metrics: OnMetrics | None = None,
+) -> dict[str, Any]:
+    """Train on the connected Ray cluster and write the ``model`` artifact; returns its counts.
+
+    on_metrics: called with (epoch, metrics) after every report, in Ray Train's controller: it must be picklable.
+
+    Raises TrainingError for a loss that is not finite or a cluster too small, ConfigError for a model that does not
+    fit the data, and Ray's TrainingFailedError when workers fail more than ``train.max_failures`` times.
+    """
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig
+    from ray.train.torch import TorchTrainer
+
+    recipe = train_recipe(store, model, train, graph, vectors)
+    # Adagrad and the schedule are this run's own; the path must not depend on who resumes it.
+    place = store.scratch(_RUNS)
+    filesystem, path = (None, place) if is_local(place) else resolve(place)
+    info = {"train": to_dict(train), "vectors": None if vectors is None else vectors.version}
+    job = Job(draft, graph, vectors, model, train, info)
+    trainer = TorchTrainer(
+        _loop,
+        train_loop_config={"job": job},
+        scaling_config=_scaling(train),
+        run_config=RunConfig(
+            name=recipe.version,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=train.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            callbacks=[] if on_metrics is None else [_reporter(on_metrics)],
+        ),
+    )
+    outcome = trainer.fit().return_value
+    if "user_error" in outcome:
+        # The run is over, and a changed configuration is another run: its checkpoints would never be read.
+        raise outcome["user_error"]
+    store.drop_scratch(f"{_RUNS}/{recipe.version}")
+    return dict(outcome["counts"])
+
+
+def _scaling(train: TrainConfig) -> Any:
+    """Ray Train's scaling configuration; raises TrainingError when the cluster cannot hold the workers at once."""
+    from ray.train import ScalingConfig
+
+    cpus, gpus = cluster_cpus(), cluster_gpus()
+    use_gpu = train.device == "cuda" or (train.device == "auto" and gpus >= train.workers)
+    if use_gpu and gpus < train.workers:
+        raise TrainingError(
+            f"train.workers={train.workers} with train.device={train.device} needs {train.workers} GPUs, the cluster "
+            f"has {gpus}: fewer workers, or train.device=cpu"
+        )
+    # One CPU stays free: Ray Data and the driver's own tasks would otherwise wait for ever.
+    share = train.cpus_per_worker
+    if share is None:
+        share = max(0.5, float((cpus - 1) // train.workers))
+    if share * train.workers > cpus:
+        raise TrainingError(
+            f"train.workers={train.workers} of {share:g} CPUs each need {share * train.workers:g}, the cluster has "
+            f"{cpus}: fewer workers, or a smaller train.cpus_per_worker"
+        )
+    return ScalingConfig(num_workers=train.workers, use_gpu=use_gpu, resources_per_worker={"CPU": share})
+
+
+def _reporter(on_metrics: OnMetrics) -> Any:
+    from ray.train import UserCallback
+
+    class Reporter(UserCallback):  # type: ignore[misc]
+        """Runs in the controller, which outlives its workers: metrics have one writer."""
+
+        def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+            row = {k: v for k, v in metrics[0].items() if isinstance(v, float)}
+            if "step" not in row:
+                on_metrics(int(row["epoch"]), row)
+
+    return Reporter()
+
+
+def _loop(config: dict[str, Any]) -> dict[str, Any]:
+    """One worker of Ray Train."""
+    import ray.train
+
+    from kgray.training.loop import Fit, fit
+    from kgray.training.worker import Worker
+
+    class RayWorker(Worker):
+        """Reports to Ray Train."""
+
+        def report(self, metrics: Mapping[str, float], checkpoint: Path | None) -> None:
+            name = f"epoch-{int(metrics['epoch']):04d}-step-{int(metrics.get('step', 0)):08d}"
+            kept = None if checkpoint is None else ray.train.Checkpoint.from_directory(str(checkpoint))
+            ray.train.report({k: float(v) for k, v in metrics.items()}, checkpoint=kept, checkpoint_dir_name=name)
+
+    job: Job = config["job"]
+    _set_up_process()
+    try:
+        worker = RayWorker("cuda" if ray.train.torch.get_device().type == "cuda" else "cpu")
+        worker.device = ray.train.torch.get_device()
+        graph, vectors = _inputs(job)
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            done: Fit = fit(graph, vectors, job.model, job.train, worker)
+        else:
+            with checkpoint.as_directory() as folder:
+                done = fit(graph, vectors, job.model, job.train, worker, resume=Path(folder))
+        counts = _write(job, graph, done) if worker.rank == 0 else {}
+    except UserError as error:
+        # A wrong configuration fails the same way on every worker and every attempt: returned, it is not retried.
+        return {"user_error": error}
+    return {"counts": counts}
+
+
+def _inputs(job: Job) -> tuple[Any, Any]:
+    from kgray.graph.graph import Graph
+    from kgray.text.vectors import load_vectors
+
+    return Graph.load(job.graph), None if job.vectors is None else load_vectors(job.vectors)
+
+
+def _write(job: Job, graph: Any, done: Any) -> dict[str, Any]:
+    from kgray.model.bundle import write_bundle
+    from kgray.training.loop import METRIC
+
+    info = {
+        **job.info,
+        "metric": {METRIC: done.best},
+        "best_epoch": done.best_epoch,
+        "epochs": len(done.history),
+    }
+    write_bundle(job.draft.local_dir(), done.model, done.scorer, graph, done.history, info)
+    job.draft.upload_local()
+    job.draft.drop_local()
+    return {
+        "entities": graph.num_entities,
+        "relations": graph.num_relations,
+        "parameters": sum(p.numel() for p in done.model.parameters()),
+        "epochs": len(done.history),
+        "best_epoch": done.best_epoch,
+        METRIC: done.best,
+    }
+
+
+def _set_up_process() -> None:
+    """Threads for the CPUs this worker reserved, and the loop's progress on stderr, which Ray shows the driver."""
+    import ray
+    import ray.train
+    import torch
+
+    reserved = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
+    here = ray.train.get_context().get_local_world_size()
+    torch.set_num_threads(max(1, min(int(reserved), local_cores() // here)))
+    os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+    logger = logging.getLogger("kgray")
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s", "%H:%M:%S"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
