@@ -34,7 +34,7 @@ _GIB = 1 << 30
 _MOST_OBJECT_STORE = 2 * _GIB
 _LEAST_OBJECT_STORE = 80 << 20  # Ray refuses less than 75 MiB
 
-_JOIN_TIMEOUT_S = 10.0  # a head may be starting
+_JOIN_TIMEOUT_S = 5.0  # a head may be starting
 
 # Read by Ray when it is imported or when its processes start; workers of an embedded cluster inherit them.
 _ENVIRONMENT = {

@@ -67,7 +67,7 @@ class Draft:
         path = self.path_of(relpath)
         with storage_errors(self.uri):
             make_parent(self.fs, path)
-            with self.fs.open_output_stream(path) as stream:
+            with self.fs.open_output_stream(path, compression=None) as stream:
                 yield stream
 
     def write_bytes(self, relpath: str, data: bytes) -> None:
@@ -77,9 +77,7 @@ class Draft:
 
     def write_json(self, relpath: str, value: Any) -> None:
         """Readable JSON, UTF-8; non-finite numbers are a ValueError."""
-        self.write_bytes(
-            relpath, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
-        )
+        self.write_bytes(relpath, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
     def write_table(self, relpath: str, table: pa.Table, **options: Any) -> None:
         """One Parquet file; ``options`` go to pyarrow.parquet.write_table."""

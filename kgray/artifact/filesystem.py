@@ -24,7 +24,7 @@ from kgray.errors import ArtifactError, StorageError
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_REFUSED = (*_FULL, errno.EROFS, errno.EACCES, errno.EPERM)
+_REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 _OBJECT_STORES = ("s3", "gcs", "gs", "abfs")
 
 
@@ -120,23 +120,26 @@ def describe_refusal(error: BaseException, uri: str) -> StorageError | None:
         if one is None or id(one) in seen:
             continue
         seen.add(id(one))
-        if isinstance(one, StorageError):
-            return StorageError(*one.args)
+        cause = getattr(one, "cause", None)
+        if isinstance(one, StorageError) and not isinstance(cause, StorageError):
+            return one if one is error else StorageError(*one.args)
         number = getattr(one, "errno", None)
         if isinstance(one, OSError) and number in _FULL:
             return StorageError(_full(one, uri))
-        if isinstance(one, OSError) and number in _REFUSED and is_local(uri) and _is_under(one.filename, uri):
-            return StorageError(
-                f"cannot write to {uri}: {os.strerror(int(number or 0)).lower()} ({one.filename})"
-            )
+        if isinstance(one, OSError) and number in _REFUSED and is_local(uri) and _concerns(one, uri):
+            return StorageError(f"cannot write to {uri}: {os.strerror(int(number or 0)).lower()}")
         if number is None and isinstance(one, OSError) and "No space left on device" in str(one):
             return StorageError(_full(one, uri))
-        todo += [getattr(one, "cause", None), one.__cause__, one.__context__]
+        # Ray's copy of a worker's exception is of the same class too, but reads as a traceback; its cause is
+        # the exception itself. The list is a stack, so the cause is looked at first.
+        todo += [one.__context__, one.__cause__, cause if isinstance(cause, BaseException) else None]
     return None
 
 
-def _is_under(filename: Any, uri: str) -> bool:
-    return isinstance(filename, str | bytes) and os.fsdecode(filename).startswith(uri)
+def _concerns(error: OSError, uri: str) -> bool:
+    """Whether it is this storage that refused, and not some input; pyarrow names the file only in its
+    message."""
+    return uri in (os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else str(error))
 
 
 def _full(error: OSError, uri: str) -> str:
@@ -156,11 +159,9 @@ def storage_errors(uri: str) -> Iterator[None]:
     """Turns a refusal of the storage at ``uri`` into a StorageError of one line; other errors pass."""
     try:
         yield
-    except StorageError:
-        raise
     except Exception as error:
         told = describe_refusal(error, uri)
-        if told is None:
+        if told is None or told is error:
             raise
         raise told from None
 
@@ -179,9 +180,7 @@ def list_files(filesystem: Any, path: str) -> dict[str, int]:
 def list_folders(filesystem: Any, path: str) -> list[str]:
     """Names of the folders directly under ``path``, sorted; empty when there is no such folder."""
     selector = pafs.FileSelector(path, recursive=False, allow_not_found=True)
-    return sorted(
-        i.base_name for i in filesystem.get_file_info(selector) if i.type == pafs.FileType.Directory
-    )
+    return sorted(i.base_name for i in filesystem.get_file_info(selector) if i.type == pafs.FileType.Directory)
 
 
 def exists(filesystem: Any, path: str) -> bool:
@@ -189,13 +188,13 @@ def exists(filesystem: Any, path: str) -> bool:
 
 
 def read_bytes(filesystem: Any, path: str) -> bytes:
-    with filesystem.open_input_stream(path) as stream:
+    with filesystem.open_input_stream(path, compression=None) as stream:
         return bytes(stream.read())
 
 
 def write_bytes(filesystem: Any, path: str, data: bytes) -> None:
     make_parent(filesystem, path)
-    with filesystem.open_output_stream(path) as stream:
+    with filesystem.open_output_stream(path, compression=None) as stream:
         stream.write(data)
 
 

@@ -109,9 +109,7 @@ def new_manifest(
         "config": json.loads(canonical_json(recipe.config)),
         "code_version": code_version(),
         "counts": json.loads(canonical_json(counts)),
-        "files": [
-            {"path": path, "bytes": size, "sha256": digest} for path, (size, digest) in sorted(files.items())
-        ],
+        "files": [{"path": path, "bytes": size, "sha256": digest} for path, (size, digest) in sorted(files.items())],
         "created_at": created_at,
     }
 

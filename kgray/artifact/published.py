@@ -131,12 +131,10 @@ class Artifact:
             elif found[name] != entry["bytes"]:
                 wrong.append(f"{name} has {found[name]} bytes instead of {entry['bytes']}")
             elif hashes:
-                with filesystem.open_input_stream(join(path, name)) as stream:
+                with filesystem.open_input_stream(join(path, name), compression=None) as stream:
                     digest = sha256_stream(stream)
                 if digest != entry["sha256"]:
-                    wrong.append(
-                        f"{name} has changed (sha256 {digest[:12]}... instead of {entry['sha256'][:12]}...)"
-                    )
+                    wrong.append(f"{name} has changed (sha256 {digest[:12]}... instead of {entry['sha256'][:12]}...)")
         if wrong:
             more = f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
             raise ArtifactError(

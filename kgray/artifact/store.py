@@ -153,9 +153,7 @@ class Store:
         else:
             filesystem, path = resolve(join(self.root, kind))
             names = storage.list_folders(filesystem, path)
-            candidates = [
-                join(self.root, kind, n) for n in names if n == version or n.startswith(version + ".")
-            ]
+            candidates = [join(self.root, kind, n) for n in names if n == version or n.startswith(version + ".")]
         complete = []
         for uri in candidates:
             try:
@@ -167,16 +165,15 @@ class Store:
     def _build_local(self, recipe: Recipe, make: Make, folder: Path) -> Built:
         folder.mkdir()
         try:
-            _make_and_describe(recipe, make, Draft(str(folder)))
+            manifest = _make(recipe, make, Draft(str(folder)))
+            storage.write_bytes(pafs.LocalFileSystem(), str(folder / MANIFEST), manifest)
             for file in folder.rglob("*"):
                 _sync(file)
             _sync(folder)
             target = Path(self.root, recipe.kind, recipe.version)
             target.parent.mkdir(exist_ok=True)
             if target.exists() and not (target / MANIFEST).exists():
-                target.rename(
-                    folder.with_name(folder.name + ".replaced")
-                )  # a half-removed artifact in the way
+                target.rename(folder.with_name(folder.name + ".replaced"))  # a half-removed artifact in the way
             try:
                 folder.rename(target)
             except OSError:
@@ -197,18 +194,19 @@ class Store:
         draft = Draft(uri)
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "started_at": _now()}
         storage.write_bytes(filesystem, join(path, _DRAFT), json.dumps(owner).encode())
-        done = False
+        published = False
         try:
-            _make_and_describe(recipe, make, draft)
-            done = True
+            manifest = _make(recipe, make, draft)
+            # Somebody else may have finished while we built. Once a manifest lies there it is seen, and its
+            # files are in use: from then on two complete attempts stay side by side.
+            if first := self._complete(recipe.kind, recipe.version):
+                return Built(first, True)
+            filesystem.delete_file(join(path, _DRAFT))
+            storage.write_bytes(filesystem, join(path, MANIFEST), manifest)
+            published = True
         finally:
-            if not done:
+            if not published:
                 storage.delete_folder(filesystem, path)
-        first = self._complete(recipe.kind, recipe.version)
-        if first is not None and first.uri != uri:
-            # Somebody else finished while we built. Ours may be known to nobody yet, so it can go.
-            storage.delete_folder(filesystem, path)
-            return Built(first, True)
         return Built(Artifact.peek(uri), False)
 
     def _clean_remote(self, recipe: Recipe) -> None:
@@ -229,8 +227,9 @@ class Store:
                 storage.delete_folder(filesystem, path)
 
 
-def _make_and_describe(recipe: Recipe, make: Make, draft: Draft) -> None:
-    """Runs ``make`` and writes the manifest of what it wrote; the manifest is the last file."""
+def _make(recipe: Recipe, make: Make, draft: Draft) -> bytes:
+    """Runs ``make`` and describes what it wrote: the text of the manifest, which is the last file to be
+    written."""
     filesystem, path = resolve(draft.uri)
     try:
         counts = make(draft) or {}
@@ -238,21 +237,16 @@ def _make_and_describe(recipe: Recipe, make: Make, draft: Draft) -> None:
         draft.upload_local()
     finally:
         draft.drop_local()
-    sizes = {
-        name: size for name, size in storage.list_files(filesystem, path).items() if name not in RESERVED
-    }
+    sizes = {name: size for name, size in storage.list_files(filesystem, path).items() if name not in RESERVED}
 
     def described(name: str) -> tuple[int, str]:
-        with filesystem.open_input_stream(join(path, name)) as stream:
+        with filesystem.open_input_stream(join(path, name), compression=None) as stream:
             return sizes[name], sha256_stream(stream)
 
     with ThreadPoolExecutor(max_workers=4) as pool:
         files = dict(zip(sizes, pool.map(described, sizes), strict=True))
     manifest = new_manifest(recipe, counts, files, _now())
-    if not is_local(draft.uri):
-        filesystem.delete_file(join(path, _DRAFT))
-    text = json.dumps(manifest, indent=1, ensure_ascii=False).encode()
-    storage.write_bytes(filesystem, join(path, MANIFEST), text)
+    return json.dumps(manifest, indent=1, ensure_ascii=False).encode()
 
 
 def _clean_local(drafts: Path) -> None:

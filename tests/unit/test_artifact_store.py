@@ -31,6 +31,7 @@ def make(draft: Draft) -> dict[str, int]:
     with draft.open_parquet("stream.parquet", pa.schema([("x", pa.int64())])) as writer:
         writer.write_table(pa.table({"x": [1]}))
         writer.write_table(pa.table({"x": [2]}))
+    draft.write_bytes("plain.gz", b"not compressed, whatever its name says")
     (draft.local_dir() / "weights.bin").write_bytes(bytes(1000))
     return {"rows": 6}
 
@@ -52,12 +53,15 @@ def test_build_then_up_to_date(store: Store):
     assert not built.up_to_date
     assert artifact.files() == [
         "audit.json", "parts/part-00000.parquet", "parts/part-00001.parquet", "parts/part-00002.parquet",
+        "plain.gz",
         "stream.parquet", "weights.bin",
     ]  # fmt: skip
     assert artifact.files("parts/") == artifact.files()[1:4]
     assert artifact.read_table("parts")["id"].to_pylist() == [0, 10, 1, 11, 2, 12]
     assert artifact.read_table("stream.parquet", columns=["x"])["x"].to_pylist() == [1, 2]
     assert artifact.read_json("audit.json") == {"ok": True}
+    assert artifact.read_bytes("plain.gz") == Path(artifact.uri, "plain.gz").read_bytes()
+    assert artifact.read_bytes("plain.gz").startswith(b"not compressed")
     assert artifact.local_path("parts") == Path(artifact.uri, "parts")
     assert artifact.counts == {"rows": 6}
     assert artifact.inputs == RECIPE.inputs
@@ -81,7 +85,12 @@ def test_build_then_up_to_date(store: Store):
 
 def test_version_depends_on_what_matters_only():
     def version(**changes):
-        given = {"kind": "graph", "format": 1, "inputs": RECIPE.inputs, "config": {"a": 1, "b": [1, 2]}} | changes
+        given = {
+            "kind": "graph",
+            "format": 1,
+            "inputs": RECIPE.inputs,
+            "config": {"a": 1, "b": [1, 2]},
+        } | changes
         return Recipe(**given).version
 
     base = version()
@@ -283,9 +292,7 @@ Store(sys.argv[1]).build(Recipe("graph", 1), make)
 
 @pytest.mark.parametrize("where", ["make", "publish", "rename"])
 def test_kill_leaves_nothing_visible_and_is_cleaned(store: Store, where: str):
-    process = subprocess.Popen(
-        [sys.executable, "-c", _KILLED, store.root, where], stdout=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen([sys.executable, "-c", _KILLED, store.root, where], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline().strip() == "now"
     other = Recipe("model", 1)
@@ -308,9 +315,7 @@ def test_hash_files(store: Store, tmp_path: Path):
     old = time.time() - 100
     os.utime(file, (old, old))
     (source,) = store.hash_files([str(file)])
-    assert source == Source(
-        "file", "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824", str(file)
-    )
+    assert source == Source("file", "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824", str(file))
     (entry,) = Path(store.root, ".cache", "sha256").iterdir()
     known = json.loads(entry.read_text())
     entry.write_text(json.dumps(known | {"sha256": "remembered"}))
