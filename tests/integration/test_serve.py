@@ -6,92 +6,24 @@ The tests run in the order they are written: each leaves the service answering.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import csv
 import json
-import random
-import socket
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
-import pyarrow as pa
 import pytest
 import torch
+from serve_models import free_port, make_model, umls_graph
 
 import kgray.serving.deploy as deploy_module
-from kgray.artifact import Artifact, Draft, Recipe, Store
+from kgray.artifact import Artifact, Store
 from kgray.errors import ConfigError, UserError
-from kgray.graph.graph import SPLITS, Graph
-from kgray.model.bundle import Bundle, write_bundle
-from kgray.model.config import ModelConfig, ablation
-from kgray.model.fused import FusedModel
-from kgray.model.states import scorer_of
-from kgray.runtime import RayConfig, ray_session
+from kgray.model.bundle import Bundle
 from kgray.serving.config import ExampleQuery, ServeConfig
 from kgray.serving.deploy import DeployError, DeployResult, deploy
 
-UMLS = Path(__file__).parents[2] / "configs" / "data" / "umls"
 GOOD = {"head": "virus", "relation": "causes", "top_k": 5}
-
-
-def umls_graph() -> Graph:
-    """UMLS as it lies in the repository."""
-
-    def read(name: str) -> list[list[str]]:
-        with (UMLS / name).open(newline="") as file:
-            return list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-
-    entities, relations = read("entities.tsv")[1:], read("relations.tsv")[1:]
-    entity = {row[0]: i for i, row in enumerate(entities)}
-    relation = {row[0]: i for i, row in enumerate(relations)}
-    triples = {
-        split: np.array([(entity[h], relation[r], entity[t]) for h, r, t in read(f"{split}.tsv")])
-        for split in SPLITS
-    }
-
-    def column(rows: list[list[str]], place: int) -> pa.ChunkedArray:
-        return pa.chunked_array([pa.array([row[place] for row in rows], pa.string())])
-
-    return Graph(
-        num_entities=len(entities),
-        num_relations=len(relations),
-        triples=triples,
-        entity_ids=column(entities, 0),
-        entity_names=column(entities, 1),
-        relation_ids=column(relations, 0),
-        relation_names=column(relations, 1),
-        version="0" * 16,
-    )
-
-
-def make_model(store: Store, graph: Graph, seed: int) -> Artifact:
-    """An untrained model: its answers are nonsense, but its very own."""
-
-    def make(draft: Draft) -> dict[str, Any]:
-        torch.manual_seed(seed)
-        config = replace(ablation(ModelConfig(), "graph_only"), dim=32)
-        has_edges = torch.ones(graph.num_entities, dtype=torch.bool)
-        model = FusedModel(config, graph.num_relations, has_edges, None, None)
-        with torch.no_grad():
-            scorer = scorer_of(model, graph.message_index())
-        info = {"metrics": {"valid.both.realistic.filtered.full.mrr": 0.01 * seed}}
-        write_bundle(draft.local_dir(), model, scorer, graph, [], info)
-        return {}
-
-    return store.build(Recipe("model", 1, (), {"seed": seed}), make).artifact
-
-
-def free_port() -> int:
-    """A port that nobody has now, where Ray takes none."""
-    for port in random.Random().sample(range(20000, 30000), 50):
-        with contextlib.suppress(OSError), socket.socket() as probe:
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise RuntimeError("no free port")
 
 
 @pytest.fixture(scope="module")
@@ -115,9 +47,11 @@ def config() -> ServeConfig:
 
 
 @pytest.fixture(scope="module")
-def deployed(models: tuple[Artifact, Artifact], config: ServeConfig) -> Iterator[DeployResult]:
-    with ray_session(RayConfig(address="local", num_cpus=2, object_store_memory=200 << 20)):
-        yield deploy(config, models[0])
+def deployed(ray_cluster: object, models: tuple[Artifact, Artifact], config: ServeConfig) -> Iterator[DeployResult]:
+    from ray import serve
+
+    yield deploy(config, models[0])
+    serve.shutdown()  # the cluster goes on to other tests
 
 
 @pytest.fixture
@@ -218,9 +152,7 @@ def test_bad_requests(http: httpx.Client, models: tuple[Artifact, Artifact]) -> 
 
 
 def test_concurrent_requests_are_batched_and_not_mixed_up(http: httpx.Client, config: ServeConfig) -> None:
-    bundle_ids = [
-        e["id"] for e in http.post("/v1/predict", json={**GOOD, "top_k": 100}).json()["predictions"]
-    ]
+    bundle_ids = [e["id"] for e in http.post("/v1/predict", json={**GOOD, "top_k": 100}).json()["predictions"]]
 
     async def flood() -> list[httpx.Response]:
         async with httpx.AsyncClient(base_url=str(http.base_url), trust_env=False, timeout=30) as client:
