@@ -87,7 +87,7 @@ class RelationFrequency:
 
     def score_relations(self, heads: torch.Tensor, tails: torch.Tensor) -> torch.Tensor:
         """(B, R): triples of the relation, whatever the pair: the majority relation first."""
-        return torch.from_numpy(self.frequency).expand(len(heads), -1)
+        return torch.tensor(self.frequency).expand(len(heads), -1)
 
 
 class Marginals(RelationFrequency):

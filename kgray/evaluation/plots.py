@@ -124,9 +124,16 @@ def _ranks(report: Mapping[str, Any]) -> Figure:
 def _bin_label(index: int) -> str:
     low = RANK_EDGES[index]
     if index + 1 == len(RANK_EDGES):
-        return f"{low:,}+"
+        return f"{_brief(low)}+"
     high = RANK_EDGES[index + 1] - 1
-    return f"{low:,}" if high == low else f"{low:,}-{high:,}" if low < 10 else f"{low:,}-"
+    return _brief(low) if high == low else f"{_brief(low)}-{_brief(high if low < 1000 else high + 1)}"
+
+
+def _brief(number: int) -> str:
+    for unit, size in (("M", 10**6), ("k", 10**3)):
+        if number >= size:
+            return f"{number // size}{unit}"
+    return str(number)
 
 
 def _cardinality(report: Mapping[str, Any]) -> Figure | None:

@@ -41,6 +41,7 @@ _COLUMNS = ["head", "relation", "tail"]
 _READ_ROWS = 8192
 _WRITE_ROWS = 1 << 15
 _LEAST_ROWS = 256
+_LEAST_SCORES = 1 << 24
 
 RANK_EDGES: tuple[int, ...] = tuple(m * 10**e for e in range(10) for m in (1, 2, 5))
 """Lower edges of the histogram's bins: 1, 2, 5, 10, 20, ... The last bin is open."""
@@ -93,6 +94,8 @@ class Measured:
 def plan(graph: Artifact, split: str, shards: int) -> list[list[Piece]]:
     """At most ``shards`` near-equal parts of a split, read from the files' metadata alone.
 
+    Fewer where a part would be less work than starting a process for it.
+
     Raises DataError when the split has no triples.
     """
     sizes = {}
@@ -105,7 +108,8 @@ def plan(graph: Artifact, split: str, shards: int) -> list[list[Piece]]:
             f"graph {graph.version} has no {split} triples to evaluate on: give data.triples.{split}, or a "
             f"share of the triples by data.split.{split}"
         )
-    shards = max(1, min(shards, -(-total // _LEAST_ROWS)))
+    least = max(_LEAST_ROWS, _LEAST_SCORES // max(int(graph.counts["entities"]), 1))
+    shards = max(1, min(shards, total // least))
     bounds = [total * i // shards for i in range(shards + 1)]
     parts = []
     for low, high in pairwise(bounds):
