@@ -45,9 +45,7 @@ class PartAudit:
     """(R,) training triples with h != t: what confidence is a share of."""
 
 
-def audit_part(
-    triples: Triples, dropped: Bools, given: Triples, span: tuple[int, int], relations: int
-) -> PartAudit:
+def audit_part(triples: Triples, dropped: Bools, given: Triples, span: tuple[int, int], relations: int) -> PartAudit:
     """First pass. triples: deduplicated, head or tail in ``span``; given, dropped: those before and which of them
     were duplicates."""
     start, end = span
@@ -242,7 +240,7 @@ def report(
                 "entities": int(unseen[s]),
                 "triples": int(sum(int(h.unseen_entity[s]) for h in held)),
                 "relations": [
-                    relations[r] for r in np.flatnonzero((by_relation[:, s] > 0) & (by_relation[:, 0] == 0))
+                    relations[r] for r in map(int, np.flatnonzero((by_relation[:, s] > 0) & (by_relation[:, 0] == 0)))
                 ],
             }
             for s, split in enumerate(SPLITS)
@@ -275,9 +273,7 @@ def _rules(rules: Sequence[Rule], relations: Sequence[str]) -> dict[str, Any]:
     return {
         "symmetric": [{"relation": relations[r.body], **told(r)} for r in rules if r.body == r.head],
         "inverse": [
-            {"relation": relations[r.body], "inverse": relations[r.head], **told(r)}
-            for r in rules
-            if r.body != r.head
+            {"relation": relations[r.body], "inverse": relations[r.head], **told(r)} for r in rules if r.body != r.head
         ],
     }
 
@@ -319,7 +315,7 @@ def _degrees(parts: Sequence[PartAudit], entity_names: dict[int, str]) -> dict[s
 
 
 def _sum(values: Iterable[npt.NDArray[Any]]) -> I64:
-    return np.sum(list(values), axis=0).astype(np.int64)
+    return np.asarray(np.sum(list(values), axis=0), dtype=np.int64)
 
 
 def _ints(values: I64) -> list[int]:

@@ -70,6 +70,4 @@ def judge(bad: BadRows, data: DataConfig, paths: Sequence[str]) -> None:
     if data.on_bad_row == "fail":
         raise DataError(f"{told} (data.on_bad_row=skip sets bad rows aside)")
     if bad.count > data.max_bad_rows:
-        raise DataError(
-            f"{bad.count} bad rows, more than data.max_bad_rows={data.max_bad_rows}; the first: {told}"
-        )
+        raise DataError(f"{bad.count} bad rows, more than data.max_bad_rows={data.max_bad_rows}; the first: {told}")

@@ -36,9 +36,7 @@ class SplitConfig:
             if not 0 <= getattr(self, key) < 1:
                 raise ConfigError(key, getattr(self, key), "a share from 0 up to, but not including, 1")
         if self.valid + self.test >= 1:
-            raise ConfigError(
-                "test", self.test, "valid + test below 1, so that something is left to train on"
-            )
+            raise ConfigError("test", self.test, "valid + test below 1, so that something is left to train on")
         if not 0 <= self.seed < 2**63:
             raise ConfigError("seed", self.seed, "a whole number from 0 to 2**63 - 1")
 
@@ -92,9 +90,7 @@ class DataConfig:
     relations: Paths | None = option(
         None, "Relation table (id, name, description, more): then every relation of a triple needs a row."
     )
-    documents: Paths | None = option(
-        None, "Documents (doc_id, text, more), or plain .txt files, one document each."
-    )
+    documents: Paths | None = option(None, "Documents (doc_id, text, more), or plain .txt files, one document each.")
     columns: ColumnsConfig = option(ColumnsConfig, "The names the columns have in the files.")
     format: Format = option(
         "auto",
@@ -105,9 +101,7 @@ class DataConfig:
     on_bad_row: Literal["fail", "skip"] = option(
         "fail", "fail stops at the first bad row; skip sets up to max_bad_rows aside in quarantine.jsonl."
     )
-    max_bad_rows: int = option(
-        1000, "With on_bad_row=skip: more bad rows than this stop the job all the same."
-    )
+    max_bad_rows: int = option(1000, "With on_bad_row=skip: more bad rows than this stop the job all the same.")
 
     def __post_init__(self) -> None:
         if self.max_bad_rows < 0:
@@ -118,6 +112,4 @@ class DataConfig:
                 raise ConfigError(key, value, "at least one path")
         columns = self.columns.split
         if columns is not None and isinstance(self.triples, SplitPaths):
-            raise ConfigError(
-                "columns.split", columns, "null where data.triples gives train, valid and test apart"
-            )
+            raise ConfigError("columns.split", columns, "null where data.triples gives train, valid and test apart")

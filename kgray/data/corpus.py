@@ -22,7 +22,15 @@ from kgray.data.bad_rows import BadRows, judge, kept_details
 from kgray.data.config import DataConfig
 from kgray.data.dictionary import STRING, bucket_slices, hash_strings
 from kgray.data.files import Chunk, InputFile, blocks
-from kgray.data.inputs import Sizes, document_files, hash_groups, hash_of, hashed, plan_reading, reading_options
+from kgray.data.inputs import (
+    Sizes,
+    document_files,
+    hash_groups,
+    hash_of,
+    hashed,
+    plan_reading,
+    reading_options,
+)
 from kgray.data.rows import RowBlock, Shape, not_utf8, read_rows
 from kgray.data.tables import is_blank
 from kgray.data.tasks import fetch, start
@@ -83,12 +91,8 @@ def ingest_corpus(draft: Draft, data: DataConfig, sizes: Sizes | None = None) ->
     fetch("check ids", [one[0] for one in checking], bad.take)
     judge(bad, data, paths)
     columns = list(dict.fromkeys([*_FIXED, *(name for one in read for name in one.columns)]))
-    arguments = [
-        (draft, n, columns, one[1], [drop[1 + n] for drop in checking]) for n, one in enumerate(reading)
-    ]
-    written: list[DocumentsWritten] = fetch(
-        "write documents", start("write documents", write_documents, arguments)
-    )
+    arguments = [(draft, n, columns, one[1], [drop[1 + n] for drop in checking]) for n, one in enumerate(reading)]
+    written: list[DocumentsWritten] = fetch("write documents", start("write documents", write_documents, arguments))
     documents = sum(one.documents for one in written)
     if not documents:
         raise DataError(f"no document is left ({bad.count} bad rows); expected at least one")
@@ -133,9 +137,7 @@ class DocumentsRead:
     columns: list[str]
 
 
-def read_documents(
-    chunks: Sequence[Chunk], data: DataConfig, buckets: int, names: dict[int, str]
-) -> tuple[Any, ...]:
+def read_documents(chunks: Sequence[Chunk], data: DataConfig, buckets: int, names: dict[int, str]) -> tuple[Any, ...]:
     """Read documents. Returns DocumentsRead, the rows (Table), and for each hash bucket of ids (Table: id, row,
     source, line)."""
     bad = BadRows(kept_details(data))
@@ -150,9 +152,7 @@ def read_documents(
             columns["line"] = pa.array(block.lines)
             parts.append(pa.table(columns))
     order = dict.fromkeys([*_FIXED, *(name for part in parts for name in part.column_names)])
-    table = pa.concat_tables(
-        [_with_columns(part, list(order)) for part in [_no_rows(), *parts]]
-    ).combine_chunks()
+    table = pa.concat_tables([_with_columns(part, list(order)) for part in [_no_rows(), *parts]]).combine_chunks()
     ids = pa.concat_arrays(table.column("doc_id").chunks or [pa.array([], STRING)])
     hashes = hash_strings(ids)
     by_hash = np.argsort(hashes, kind="stable")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -38,9 +39,7 @@ def hash_strings(strings: Any) -> U64:
     strings: (n,) large_string without nulls. Returns (n,) uint64. The same on every machine; collisions are
     harmless, for nothing takes equal hashes for equal strings.
     """
-    offsets = np.frombuffer(strings.buffers()[1], dtype=np.int64)[
-        strings.offset : strings.offset + len(strings) + 1
-    ]
+    offsets = np.frombuffer(strings.buffers()[1], dtype=np.int64)[strings.offset : strings.offset + len(strings) + 1]
     hashes = np.empty(len(strings), dtype=np.uint64)
     if not len(strings):
         return hashes
@@ -78,7 +77,7 @@ def bucket_slices(hashes: U64, buckets: int) -> list[tuple[int, int]]:
     """Where each bucket lies in sorted hashes: (start, end)."""
     inner = np.asarray(bucket_bounds(buckets)[1:-1], dtype=np.uint64)
     cuts = [0, *np.searchsorted(hashes, inner, side="left").tolist(), len(hashes)]
-    return list(zip(cuts[:-1], cuts[1:], strict=True))
+    return list(pairwise(cuts))
 
 
 @dataclass

@@ -90,14 +90,12 @@ def _expand(path: str, key: str) -> list[str]:
     if Path(path).is_file():
         return [path]
     if Path(path).is_dir():
-        raise DataError(
-            f"{key}: {path} is a folder; expected a file or a glob such as {path.rstrip('/')}/*.tsv"
-        )
+        raise DataError(f"{key}: {path} is a folder; expected a file or a glob such as {path.rstrip('/')}/*.tsv")
     if not has_magic(path):
         folder = Path(path).parent
         hint = "" if folder.is_dir() else f" (there is no folder {folder} either)"
         raise DataError(f"{key}: no such file: {path}{hint}")
-    matches = sorted(one for one in glob(path, recursive=True) if Path(one).is_file())
+    matches = sorted(one for one in glob(path, recursive=True) if Path(one).is_file())  # noqa: PTH207  (takes absolute patterns)
     if not matches:
         raise DataError(f"{key}: no file matches {path}")
     return matches
@@ -267,9 +265,7 @@ def cut_file(file: InputFile, header: bool, chunk_bytes: int = 0) -> list[Chunk]
                 starts.append(start)
     ends = [*starts[1:], total]
     return [
-        replace(
-            first, start=s, end=e, first_line=1 if s == 0 else 0, header_line=first.header_line and s == 0
-        )
+        replace(first, start=s, end=e, first_line=1 if s == 0 else 0, header_line=first.header_line and s == 0)
         for s, e in zip(starts, ends, strict=True)
     ]
 

@@ -106,9 +106,7 @@ def _ranges(entities: int, graph: GraphConfig) -> list[tuple[int, int]]:
     if not entities:
         raise DataError("no entity is left: every row is bad or there is none")
     if graph.partitions > entities:
-        raise ConfigError(
-            "graph.partitions", graph.partitions, f"at most one for each of the {entities} entities"
-        )
+        raise ConfigError("graph.partitions", graph.partitions, f"at most one for each of the {entities} entities")
     return partition_ranges(entities, graph.partitions)
 
 
@@ -135,9 +133,7 @@ class _Ingest:
         self._told: list[TriplesRead] = self._collect("read triples", [one[0] for one in self._reading])
         read: list[TableRead] = self._collect("read entities", [one[0] for one in entity_reading])
         self._columns = output_columns(read)
-        read_relations: list[TableRead] = self._collect(
-            "read relations", [one[0] for one in relation_reading]
-        )
+        read_relations: list[TableRead] = self._collect("read relations", [one[0] for one in relation_reading])
         rows = fetch("read relations", [one[1] for one in relation_reading])
         names = {name for one in self._told for name in one.relations}
         self.relations: RelationTable = relation_table(
@@ -167,9 +163,7 @@ class _Ingest:
 
     def _read(self, what: str, function: Any, plan: Plan, returns: int) -> list[Any]:
         buckets = 1 if what == "relations" else self.buckets
-        return start(
-            f"read {what}", function, [(group, self.data, buckets) for group in plan.groups], returns
-        )
+        return start(f"read {what}", function, [(group, self.data, buckets) for group in plan.groups], returns)
 
     def _collect(self, name: str, references: Sequence[Any]) -> list[Any]:
         """Small results, their bad rows taken over. A fault of a whole file comes after bad rows before it."""
@@ -189,11 +183,7 @@ class _Ingest:
         codes = self.relations.codes
         in_train = np.zeros(len(codes), dtype=bool)
         for told in self._told:
-            known = [
-                codes[n]
-                for n, f in zip(told.relations, told.relation_in_train, strict=True)
-                if f and n in codes
-            ]
+            known = [codes[n] for n, f in zip(told.relations, told.relation_in_train, strict=True) if f and n in codes]
             in_train[known] = True
         encoding = Encoding(ranges, self._offsets[:-1], codes, in_train, _divided(self.data))
         arguments = [
@@ -201,9 +191,9 @@ class _Ingest:
             for n, (one, told) in enumerate(zip(self._reading, self._told, strict=True))
         ]
         encoded = start("encode triples", encode_triples, arguments, 1 + len(ranges))
-        told = self._collect("encode triples", [one[0] for one in encoded])
+        results = self._collect("encode triples", [one[0] for one in encoded])
         self._judge()
-        self.moved = sum(one.moved_to_train for one in told)
+        self.moved = sum(one.moved_to_train for one in results)
         self._reading = []
         return [one[1:] for one in encoded]
 
@@ -212,9 +202,7 @@ class _Ingest:
         arguments = []
         for number, (start_id, end_id) in enumerate(ranges):
             slices, tables = [], []
-            for bucket, first, after in zip(
-                self._merging, self._offsets[:-1], self._offsets[1:], strict=True
-            ):
+            for bucket, first, after in zip(self._merging, self._offsets[:-1], self._offsets[1:], strict=True):
                 low, high = max(first, start_id), min(after, end_id)
                 if low < high:
                     slices.append((low - first, high - first))
@@ -264,12 +252,8 @@ class _Ingest:
         """Start counting names several entities bear; nothing to do without a table."""
         if not any(file.role == "entities" for file in self.files):
             return []
-        parted = start(
-            "names", name_buckets, [(one[1], self.buckets) for one in self._merging], 1 + self.buckets
-        )
-        return start(
-            "shared names", duplicate_names, [([one[1 + b] for one in parted],) for b in range(self.buckets)]
-        )
+        parted = start("names", name_buckets, [(one[1], self.buckets) for one in self._merging], 1 + self.buckets)
+        return start("shared names", duplicate_names, [([one[1 + b] for one in parted],) for b in range(self.buckets)])
 
     def _text(self, naming: list[Any]) -> audit.TextAudit:
         shared = fetch("shared names", naming)

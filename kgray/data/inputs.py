@@ -34,7 +34,7 @@ _EXPANSION = 6
 
 @dataclass(frozen=True)
 class Sizes:
-    """How work is cut; tests set it small. A graph does not depend on it; a corpus has a shard for each reading task."""
+    """How work is cut; tests set it small. A graph does not depend on it; a corpus has a shard a reading task."""
 
     chunk_bytes: int = CHUNK_BYTES
     """Of a file, by one reading task at the most, where the format lets it be cut."""
@@ -61,6 +61,8 @@ def graph_files(data: DataConfig) -> list[InputFile]:
         kind = "auto" if role in ("entities", "relations") else data.format
         for path in expand_paths(paths, key):
             files.append(describe_file(len(files), path, role, kind, key))
+            if data.columns.split is not None and role == "triples" and files[-1].format == "ntriples":
+                raise DataError(f"{path}: N-Triples have no split column; expected data.columns.split null")
     return files
 
 
@@ -139,9 +141,7 @@ def _numbered(chunks: list[Chunk]) -> list[Chunk]:
         return chunks
     to_count = [n for n, chunk in enumerate(chunks) if chunk.file.source in cut]
     counts = [0] * len(chunks)
-    for n, lines in zip(
-        to_count, run_all("count lines", count_lines, [(chunks[n],) for n in to_count]), strict=True
-    ):
+    for n, lines in zip(to_count, run_all("count lines", count_lines, [(chunks[n],) for n in to_count]), strict=True):
         counts[n] = lines
     return number_chunks(chunks, counts)
 

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from kgray.data.bad_rows import BadRows
 
 STRING = pa.large_string()
-_IRI = r'<[^<>"{}|^`\x00-\x20]*>'
+_IRI = r'<[^<>"{}|^`\x00-\x20]+>'
 _BLANK = r"_:[\pL\pN_](?:[\pL\pN\pM_.\-·]*[\pL\pN\pM_\-·])?"
 _NODE = f"{_IRI}|{_BLANK}"
 _LINE = rf"^[ \t]*(?P<h>{_NODE})[ \t]*(?P<r>{_IRI})[ \t]*(?P<t>{_NODE})[ \t]*\.[ \t]*(?:#.*)?\r?\n?$"
@@ -51,9 +51,7 @@ def parse(
     for column, name in zip(columns, names, strict=True):
         if column.null_count:
             for n in np.flatnonzero(np.asarray(column.is_null()) & ~broken):
-                bad.add(
-                    source, int(lines[n]), f"a broken escape in the {name}; expected \\uXXXX or \\UXXXXXXXX"
-                )
+                bad.add(source, int(lines[n]), f"a broken escape in the {name}; expected \\uXXXX or \\UXXXXXXXX")
             broken |= np.asarray(column.is_null())
     if broken.any():
         keep = pa.array(~broken)
@@ -78,9 +76,7 @@ def _blank_bad_lines(data: bytes, line: int, source: int, bad: BadRows) -> bytes
             kept.append(raw)
         except UnicodeDecodeError as error:
             what = f"byte 0x{raw[error.start]:02x} at position {error.start + 1}"
-            bad.add(
-                source, line + n, f"not UTF-8 ({what}); expected UTF-8 text", raw.decode("utf-8", "replace")
-            )
+            bad.add(source, line + n, f"not UTF-8 ({what}); expected UTF-8 text", raw.decode("utf-8", "replace"))
             kept.append(b"")
     return b"\n".join(kept)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import numpy.typing as npt
 
@@ -28,7 +30,7 @@ def partition_ranges(entities: int, partitions: int) -> list[tuple[int, int]]:
     """
     base, rest = divmod(entities, partitions)
     bounds = [p * base + min(p, rest) for p in range(partitions + 1)]
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
+    return list(pairwise(bounds))
 
 
 def partition_of(ids: npt.NDArray[np.int64], ranges: list[tuple[int, int]]) -> npt.NDArray[np.int64]:

@@ -114,9 +114,7 @@ def read_rows(chunk: Chunk, shape: Shape, names: Sequence[str], bad: BadRows) ->
 def _delimited(
     data: bytes, line: int, kind: str, names: Sequence[str], shape: Shape, source: int, bad: BadRows
 ) -> RowBlock:
-    return fast_delimited(data, line, kind, names, shape) or slow_delimited(
-        data, line, kind, names, shape, source, bad
-    )
+    return fast_delimited(data, line, kind, names, shape) or slow_delimited(data, line, kind, names, shape, source, bad)
 
 
 def fast_delimited(data: bytes, line: int, kind: str, names: Sequence[str], shape: Shape) -> RowBlock | None:
@@ -124,28 +122,22 @@ def fast_delimited(data: bytes, line: int, kind: str, names: Sequence[str], shap
     data = data.rstrip(b"\r\n")
     if not data:
         return None
+    if kind == "csv" and b'"' in data:
+        return None  # pyarrow forgives bad quoting, and joins lines within quotes
     if b"\r" in data and data.count(b"\r") != data.count(b"\r\n"):
         return None
     try:
         str(data, "utf-8")
         table = pa.csv.read_csv(
             pa.py_buffer(data),
-            read_options=pa.csv.ReadOptions(
-                column_names=list(names), use_threads=False, block_size=len(data) + 1
-            ),
-            parse_options=pa.csv.ParseOptions(
-                delimiter=_SEPARATOR[kind],
-                quote_char='"' if kind == "csv" else False,
-                newlines_in_values=kind == "csv",
-            ),
-            convert_options=pa.csv.ConvertOptions(
-                column_types=dict.fromkeys(names, STRING), strings_can_be_null=False
-            ),
+            read_options=pa.csv.ReadOptions(column_names=list(names), use_threads=False, block_size=len(data) + 1),
+            parse_options=pa.csv.ParseOptions(delimiter=_SEPARATOR[kind], quote_char=False),
+            convert_options=pa.csv.ConvertOptions(column_types=dict.fromkeys(names, STRING), strings_can_be_null=False),
         )
     except (UnicodeDecodeError, pa.ArrowException, OverflowError):
         return None
     if table.num_rows != data.count(b"\n") + 1:
-        return None  # blank lines, or line ends within quotes
+        return None  # blank lines
     columns = {name: _one(table.column(name)) for name in shape.wanted(names)}
     if any(_some_empty(columns[name]) for name in shape.required):
         return None
@@ -298,9 +290,7 @@ def _read_parquet(chunk: Chunk, shape: Shape, bad: BadRows) -> Iterator[RowBlock
         raise DataError(f"{chunk.file.path}, after row {row - 1}: damaged Parquet: {error}") from None
 
 
-def _parquet_block(
-    batch: Any, row: int, wanted: Sequence[str], shape: Shape, source: int, bad: BadRows
-) -> RowBlock:
+def _parquet_block(batch: Any, row: int, wanted: Sequence[str], shape: Shape, source: int, bad: BadRows) -> RowBlock:
     columns = {name: as_text(batch.column(name)) for name in wanted}
     keep = np.ones(batch.num_rows, dtype=bool)
     for name in shape.required:

@@ -253,7 +253,5 @@ def relation_table(
         codes={name: n for n, name in enumerate(ids)},
         table=written,
         without_text=[name for name, lacks in zip(ids, blank, strict=True) if lacks],
-        shared_names=sorted({name for name in names if names.count(name) > 1})
-        if len(set(names)) < len(names)
-        else [],
+        shared_names=sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else [],
     )

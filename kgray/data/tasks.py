@@ -17,9 +17,7 @@ log = logging.getLogger(__name__)
 REPORT_EVERY_S = 10.0
 
 
-def start(
-    name: str, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], returns: int = 1
-) -> list[Any]:
+def start(name: str, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], returns: int = 1) -> list[Any]:
     """Start one task per tuple of arguments; object references among the arguments (also in lists) are followed.
 
     Returns a reference for each, or with ``returns`` > 1 a list of that many.

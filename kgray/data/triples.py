@@ -46,9 +46,7 @@ def concat(parts: Sequence[Triples]) -> Triples:
     """Triples of several parts as one, in their order."""
     if not parts:
         empty = np.empty(0, np.int64)
-        return Triples(
-            empty, empty.astype(np.int32), empty, empty.astype(np.int8), empty.astype(np.int32), empty
-        )
+        return Triples(empty, empty.astype(np.int32), empty, empty.astype(np.int8), empty.astype(np.int32), empty)
     return Triples(*(np.concatenate([getattr(part, name) for part in parts]) for name in _FIELDS))
 
 
@@ -129,7 +127,7 @@ def _copy(ids: Any, start: int, end: int) -> Any:
 
 
 def _blocks(chunk: Chunk, data: DataConfig, bad: BadRows) -> Iterator[tuple[Any, ...]]:
-    """(head, relation, tail, split, line, source) of each block of good rows; split -1 where it is still to be drawn."""
+    """(head, relation, tail, split, line, source) of each block of good rows; split -1: still to be drawn."""
     columns = data.columns
     shape = triple_shape(columns)
     role = chunk.file.role
@@ -192,15 +190,10 @@ def encode_triples(
     Of drawn splits, a held-out triple whose head, tail or relation no training triple holds goes to train.
     """
     ids = np.concatenate(
-        [
-            np.where(rank < 0, -1, rank + start)
-            for (rank, _), start in zip(places, encoding.offsets, strict=True)
-        ]
+        [np.where(rank < 0, -1, rank + start) for (rank, _), start in zip(places, encoding.offsets, strict=True)]
     )
     seen = np.concatenate([flags for _, flags in places])
-    relation_map = np.asarray(
-        [encoding.relation_ids.get(name, -1) for name in relation_names], dtype=np.int32
-    )
+    relation_map = np.asarray([encoding.relation_ids.get(name, -1) for name in relation_names], dtype=np.int32)
     rows = local.triples
     found = Triples(
         ids[rows.head], relation_map[rows.relation], ids[rows.tail], rows.split.copy(), rows.source, rows.line

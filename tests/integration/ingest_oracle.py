@@ -84,8 +84,7 @@ def expected_audit(given: dict[str, list[Row]], entities: set[str]) -> dict[str,
         "duplicates": {s: len(given[s]) - len(rows[s]) for s in SPLITS},
         "loops": {s: sum(h == t for h, _, t in sets[s]) for s in SPLITS},
         "overlap": {
-            f"{a}_{b}": len(sets[a] & sets[b])
-            for a, b in (("train", "valid"), ("train", "test"), ("valid", "test"))
+            f"{a}_{b}": len(sets[a] & sets[b]) for a, b in (("train", "valid"), ("train", "test"), ("valid", "test"))
         },
         "unseen": {
             s: {

@@ -162,7 +162,9 @@ def written_as(folder: Path, kind: str, rows: list[tuple[str, str, str]]) -> Pat
     path = folder / f"all.{kind}"
     head = ["head", "relation", "tail"]
     if kind == "parquet":
-        pq.write_table(pa.table(dict(zip(head, map(list, zip(*rows, strict=True)), strict=True))), path, row_group_size=9)
+        pq.write_table(
+            pa.table(dict(zip(head, map(list, zip(*rows, strict=True)), strict=True))), path, row_group_size=9
+        )
     elif kind == "jsonl":
         path.write_text("".join(json.dumps({"x": 1} | dict(zip(head, row, strict=True))) + "\n" for row in rows))
     elif kind == "csv":
