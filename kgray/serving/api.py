@@ -113,15 +113,11 @@ def _add_routes(api: FastAPI, service: Service, config: ServeConfig) -> None:
             ),
         )
 
-    @api.post(
-        "/v1/predict", summary="Give two of head, relation, tail: get the third", dependencies=json_only
-    )
+    @api.post("/v1/predict", summary="Give two of head, relation, tail: get the third", dependencies=json_only)
     async def predict(body: schemas.PredictRequest, response: Response) -> schemas.PredictResponse:
         ready()
         _check_limit("top_k", body.top_k, config.max_top_k)
-        scored = await service.predict(
-            Query(body.head, body.relation, body.tail, body.top_k, body.filter_known)
-        )
+        scored = await service.predict(Query(body.head, body.relation, body.tail, body.top_k, body.filter_known))
         _add_timing(response, scored)
         _refuse(scored.answers, [()])
         (ranking,) = scored.answers
@@ -138,9 +134,7 @@ def _add_routes(api: FastAPI, service: Service, config: ServeConfig) -> None:
             ),
             missing=ranking.missing,
             predictions=[
-                schemas.PredictionBody.model_construct(
-                    rank=p.rank, id=p.id, name=p.name, score=p.score, known=p.known
-                )
+                schemas.PredictionBody.model_construct(rank=p.rank, id=p.id, name=p.name, score=p.score, known=p.known)
                 for p in ranking.predictions
             ],
         )

@@ -53,9 +53,7 @@ class ServeConfig:
         if not self.name:
             raise ConfigError("name", self.name, "a name")
         if not self.insecure and not _is_loopback(self.host):
-            raise ConfigError(
-                "host", self.host, "a loopback address, or insecure=true: the service asks for no login"
-            )
+            raise ConfigError("host", self.host, "a loopback address, or insecure=true: the service asks for no login")
         if not 1 <= self.port <= 65535 or 10002 <= self.port <= 19999:
             raise ConfigError("port", self.port, "1 to 65535, outside 10002-19999 (Ray's worker ports)")
         for key in (
@@ -78,9 +76,7 @@ class ServeConfig:
                 raise ConfigError(key, getattr(self, key), "0 or more")
         for number, example in enumerate(self.examples):
             if example.top_k > self.max_top_k:
-                raise ConfigError(
-                    f"examples[{number}].top_k", example.top_k, f"at most max_top_k, {self.max_top_k}"
-                )
+                raise ConfigError(f"examples[{number}].top_k", example.top_k, f"at most max_top_k, {self.max_top_k}")
 
 
 def _is_loopback(host: str) -> bool:

@@ -200,8 +200,11 @@ def _on_head() -> bool:
 
 
 def _fingerprint(config: ServeConfig, model: Artifact) -> str:
+    """Tells deployments apart: equal where replacing one by the other would change nothing."""
     settings = {key: value for key, value in to_dict(config).items() if key not in _ELSEWHERE}
-    content = {"model": model.uri, "version": model.version, "code": code_version(), "serve": settings}
+    # The hash of the sources alone: a Ray job's copy of them has no git commit.
+    code = code_version().split(".git.")[0]
+    content = {"model": model.uri, "version": model.version, "code": code, "serve": settings}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -249,9 +252,7 @@ def _run(config: ServeConfig, arguments: dict[str, Any], deadline: float) -> Non
         if status.status in ("DEPLOY_FAILED", "UNHEALTHY"):
             raise DeployError(f"Serve could not start model {arguments['model']}: {why}")
         if time.monotonic() > deadline:
-            raise DeployError(
-                f"the deployment is still {status.status} after {config.startup_timeout_s:g} s; {why}"
-            )
+            raise DeployError(f"the deployment is still {status.status} after {config.startup_timeout_s:g} s; {why}")
         time.sleep(0.2)
 
 
@@ -314,6 +315,4 @@ def _compare(answer: Answer, ranking: Ranking) -> None:
     # Near ties may change places between machines: scores are compared, best to worst, not ids.
     pairs = list(zip(sorted(online.values()), sorted(offline.values()), strict=False))
     if len(online) != len(offline) or any(abs(a - b) > TOLERANCE * max(1.0, abs(b)) for a, b in pairs):
-        raise DeployError(
-            f"{answer.path} answers {answer.request} with {online}, but the model gives {offline}"
-        )
+        raise DeployError(f"{answer.path} answers {answer.request} with {online}, but the model gives {offline}")

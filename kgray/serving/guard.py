@@ -103,9 +103,7 @@ class Guard:
                 async with asyncio.timeout(rules.timeout_s):
                     receive = _replay(await _read(scope, receive, rules.max_body_bytes), receive)
             except TimeoutError:
-                raise Problem(
-                    408, "slow-client", f"The body did not arrive within {rules.timeout_s:g} s."
-                ) from None
+                raise Problem(408, "slow-client", f"The body did not arrive within {rules.timeout_s:g} s.") from None
         try:
             async with asyncio.timeout(rules.timeout_s) as clock:
                 await self.app(scope, receive, answer.send)
@@ -188,9 +186,7 @@ async def _read(scope: Scope, receive: Receive, limit: int) -> bytes:
 
 
 def _too_large(limit: int) -> Problem:
-    return Problem(
-        413, "body-too-large", f"The request body is larger than this server's limit of {limit} bytes."
-    )
+    return Problem(413, "body-too-large", f"The request body is larger than this server's limit of {limit} bytes.")
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

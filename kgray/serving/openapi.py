@@ -96,9 +96,7 @@ def _add_examples(paths: dict[str, Any], facts: Sequence[Triple]) -> None:
             "one": {"summary": "One triple", "value": {**h, **r, **t}},
             "several": {
                 "summary": "Several triples",
-                "value": {
-                    "triples": [{"head": f.head, "relation": f.relation, "tail": f.tail} for f in facts]
-                },
+                "value": {"triples": [{"head": f.head, "relation": f.relation, "tail": f.tail} for f in facts]},
             },
         },
     }

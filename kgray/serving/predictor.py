@@ -52,9 +52,7 @@ class Bundle(Protocol):
     def score_tails(self, heads: torch.Tensor, relations: torch.Tensor) -> torch.Tensor: ...
     def score_heads(self, relations: torch.Tensor, tails: torch.Tensor) -> torch.Tensor: ...
     def score_relations(self, heads: torch.Tensor, tails: torch.Tensor) -> torch.Tensor: ...
-    def score_triples(
-        self, heads: torch.Tensor, relations: torch.Tensor, tails: torch.Tensor
-    ) -> torch.Tensor: ...
+    def score_triples(self, heads: torch.Tensor, relations: torch.Tensor, tails: torch.Tensor) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,9 +252,7 @@ class Predictor:
         for rank, index in enumerate(order.tolist(), start=1):
             row = table.row(index)
             predictions.append(Prediction(rank, row.id, row.name, float(scores[index]), index in facts))
-        return Ranking(
-            missing, found.get("head"), found.get("relation"), found.get("tail"), tuple(predictions)
-        )
+        return Ranking(missing, found.get("head"), found.get("relation"), found.get("tail"), tuple(predictions))
 
 
 def top_k(scores: Floats, count: int, without: npt.NDArray[np.int64] | None = None) -> npt.NDArray[np.int64]:
