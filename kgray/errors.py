@@ -6,7 +6,10 @@ failure of ours and keeps its traceback (exit status 1).
 
 from __future__ import annotations
 
+import re
 from typing import Any
+
+_RAY_ADVICE = re.compile(r"\nFailed to .* after \d+/\d+ attempts")
 
 
 class KgrayError(Exception):
@@ -15,6 +18,10 @@ class KgrayError(Exception):
 
 class UserError(KgrayError):
     """Something the user can put right: the message says where, what was found, and what would be right."""
+
+    def __str__(self) -> str:
+        # Ray Data writes its advice about retries into whatever a worker raises; no retry mends a user's mistake.
+        return _RAY_ADVICE.split(super().__str__(), maxsplit=1)[0]
 
 
 class ConfigError(UserError, ValueError):

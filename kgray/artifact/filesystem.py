@@ -122,7 +122,7 @@ def describe_refusal(error: BaseException, uri: str) -> StorageError | None:
         seen.add(id(one))
         cause = getattr(one, "cause", None)
         if isinstance(one, StorageError) and not isinstance(cause, StorageError):
-            return one if one is error else StorageError(*one.args)
+            return one if one is error else StorageError(str(one))
         number = getattr(one, "errno", None)
         if isinstance(one, OSError) and number in _FULL:
             return StorageError(_full(one, uri))
