@@ -91,7 +91,7 @@ class Codes:
 
 
 def encode_columns(columns: Sequence[Sequence[Any]]) -> Codes:
-    """Encode columns (each a list of large_string blocks) against the strings they hold together."""
+    """Encode columns (each a list of large_string blocks, plain or dictionary-encoded) against all their strings."""
     parts = [block.dictionary_encode() for column in columns for block in column]
     if not parts:
         return Codes(pa.array([], STRING), np.empty(0, np.uint64), [np.empty(0, np.int64) for _ in columns])

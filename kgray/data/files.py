@@ -254,6 +254,8 @@ def cut_file(file: InputFile, header: bool, chunk_bytes: int = 0) -> list[Chunk]
         if total == 0 and file.format != "text":
             raise DataError(f"{file.path}: the file is empty; expected rows")
         first = Chunk(file)
+        if file.compression and file.format != "text" and next(blocks(first, block_bytes=1 << 16), None) is None:
+            raise DataError(f"{file.path}: the file is empty once unpacked; expected rows")
         if header and file.format in ("tsv", "csv"):
             first = replace(first, header=_header(first), header_line=True)
         if file.compression or file.format in ("csv", "text") or total <= size * 3 // 2:

@@ -150,7 +150,9 @@ def _blocks(chunk: Chunk, data: DataConfig, bad: BadRows) -> Iterator[tuple[Any,
                 values = {name: column.filter(keep) for name, column in values.items()}
                 lines, splits = lines[~unknown], splits[~unknown]
         if len(lines):
-            head, relation, tail = (values[name] for name in (columns.head, columns.relation, columns.tail))
+            # Encoded at once: of a large compressed file the codes may be held, the text may not.
+            names = (columns.head, columns.relation, columns.tail)
+            head, relation, tail = (values[name].dictionary_encode() for name in names)
             yield head, relation, tail, splits, lines, chunk.file.source
 
 

@@ -88,6 +88,7 @@ ROWS: dict[str, tuple[str, str | bytes, list[str]]] = {
     "header": ("t.tsv", "Head\tRelation\tTail\na\tr\tb\n", ["line 1: head, relation, tail look like column names",
         "data.header=true"]),
     "empty file": ("t.tsv", "", ["t.tsv: the file is empty"]),
+    "empty gzip": ("t.tsv.gz", gzip.compress(b""), ["t.tsv.gz: the file is empty once unpacked"]),
 }  # fmt: skip
 
 
