@@ -43,10 +43,11 @@ class TextConfig:
         "Arithmetic of the encoder: auto is bfloat16 where the processor computes in it, else float32.",
     )
     batch_tokens: int = option(2048, "Tokens the encoder reads at once, padding included.")
-    workers: int | None = option(
-        None, "Most encoders side by side; null is as many as the cluster has CPUs (or GPUs)."
+    workers: int | None = option(None, "Most encoders side by side; null is as many as CPUs (or GPUs) allow.")
+    cpus_per_worker: int | None = option(
+        None,
+        "CPUs of one encoder, which reads as many batches at once; null: as many as there are, at most four.",
     )
-    cpus_per_worker: int = option(1, "CPUs, and so threads, of one encoder.")
     reuse: bool = option(True, "Take vectors of unchanged texts from earlier artifacts of the same storage.")
 
     def __post_init__(self) -> None:
@@ -55,12 +56,13 @@ class TextConfig:
         for key, least, what in (
             ("max_length", 3, "at least 3 tokens"),
             ("batch_tokens", 1, "a positive number of tokens"),
-            ("cpus_per_worker", 1, "a positive number of CPUs"),
         ):
             if getattr(self, key) < least:
                 raise ConfigError(key, getattr(self, key), what)
         if self.workers is not None and self.workers < 1:
             raise ConfigError("workers", self.workers, "a positive number of encoders, or null")
+        if self.cpus_per_worker is not None and self.cpus_per_worker < 1:
+            raise ConfigError("cpus_per_worker", self.cpus_per_worker, "a positive number of CPUs, or null")
         for key in ("template", "relation_template"):
             value = getattr(self, key)
             try:

@@ -36,6 +36,7 @@ _DECIDES_A_VECTOR = ("pooling", "normalise", "max_length", "precision")
 _DECIDES_A_TEXT = ("template", "relation_template")
 _EARLIER = 8
 _SAY_EVERY_S = 5.0
+_MOST_AUTO_CPUS = 4
 
 
 def embed_recipe(store: Store, text: TextConfig, graph: Artifact) -> Recipe:
@@ -69,6 +70,7 @@ def embed(draft: Draft, text: TextConfig, graph: Artifact, store: Store) -> dict
         place=place,
         precision=str(recipe.config["precision"]),
         device=device,
+        cpus=_cpus_per_worker(text),
         graph=graph,
         earlier=_earlier(store, recipe) if text.reuse else (),
         out=out,
@@ -188,28 +190,41 @@ def _stream(units: Sequence[Unit], task: EmbedTask) -> Iterator[Counts | UserErr
         fn_constructor_args=(task,),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers, initial_size=workers),
-        num_cpus=task.text.cpus_per_worker,
+        num_cpus=task.cpus,
         num_gpus=gpus,
     )
     for row in dataset.iter_rows():
         yield pickle.loads(row["done"])
 
 
-def _workers(task: EmbedTask, units: int) -> int:
-    """Encoders side by side: never more than units, cores or GPUs. Logical CPUs of a single machine may be
-    more than it has cores, and arithmetic gains nothing by those."""
+def _cores() -> int:
+    """CPUs that compute. Logical CPUs of a single machine may be more than it has cores, and arithmetic gains
+    nothing by those."""
     import ray
 
-    from kgray.runtime import cluster_cpus, cluster_gpus, local_cores
+    from kgray.runtime import cluster_cpus, local_cores
 
-    cpus = cluster_cpus()
-    if sum(1 for node in ray.nodes() if node["Alive"]) == 1:
-        cpus = min(cpus, local_cores())
-    fit = cluster_gpus() if task.device == "cuda" else cpus // task.text.cpus_per_worker
-    if task.text.cpus_per_worker > cluster_cpus():
-        raise ConfigError(
-            "text.cpus_per_worker", task.text.cpus_per_worker, f"at most {cluster_cpus()}, all there are"
-        )
+    alone = sum(1 for node in ray.nodes() if node["Alive"]) == 1
+    return min(cluster_cpus(), local_cores()) if alone else cluster_cpus()
+
+
+def _cpus_per_worker(text: TextConfig) -> int:
+    """Raises ConfigError for more than any machine of the cluster has."""
+    import ray
+
+    most = int(max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]))
+    if text.cpus_per_worker is None:
+        return max(1, min(_MOST_AUTO_CPUS, most, _cores()))
+    if text.cpus_per_worker > most:
+        raise ConfigError("text.cpus_per_worker", text.cpus_per_worker, f"at most {most}, the largest node's")
+    return text.cpus_per_worker
+
+
+def _workers(task: EmbedTask, units: int) -> int:
+    """Encoders side by side: never more than units, CPUs or GPUs."""
+    from kgray.runtime import cluster_gpus
+
+    fit = cluster_gpus() if task.device == "cuda" else _cores() // task.cpus
     return max(1, min(units, fit, task.text.workers or fit))
 
 

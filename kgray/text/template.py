@@ -22,11 +22,16 @@ def template_fields(template: str) -> list[str]:
 
 @lru_cache(maxsize=32)
 def _parse(template: str) -> tuple[tuple[str, str], ...]:
-    parts = []
+    parts, before = [], ""
     for literal, field, spec, conversion in Formatter().parse(template):
-        if field is not None and (not field.strip() or field.isdigit() or spec or conversion):
+        before += literal
+        if field is None:  # an escaped brace, or the end
+            continue
+        if not field.strip() or field.isdigit() or spec or conversion:
             raise ValueError(f"{{{field}}} names no column")
-        parts.append((literal, field or ""))
+        parts.append((before, field))
+        before = ""
+    parts.append((before, ""))
     return tuple(parts)
 
 

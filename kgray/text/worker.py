@@ -54,6 +54,7 @@ class EmbedTask:
     place: EncoderPlace
     precision: str
     device: str
+    cpus: int
     graph: Artifact
     earlier: tuple[Artifact, ...]
     out: Draft
@@ -175,7 +176,7 @@ class EmbedUnits:
                 normalise=text.normalise,
                 precision=self._task.precision,  # type: ignore[arg-type]
                 batch_tokens=text.batch_tokens,
-                threads=text.cpus_per_worker,
+                threads=self._task.cpus,
                 device=self._task.device,
             )
         return self._encoder
