@@ -117,8 +117,8 @@ class ModelConfig:
     decoder: str = option("complex", "How query and candidate meet: complex, distmult.")
     skip_structure: bool = option(
         True,
-        "Whether the structural vectors also meet in the decoder as they are, beside the fused state: the score is then "
-        "the sum of a fused and a purely structural one.",
+        "Whether the structural vectors also meet in the decoder as they are, beside the fused state: the score is "
+        "then the sum of a fused and a purely structural one.",
     )
     query_hidden: int = option(
         512, "Width of the hidden layer that makes a state the head of a query; 0 uses the state as it is."

@@ -31,9 +31,15 @@ class Batch:
     log_inclusion: Tensor | None
 
     def to(self, device: torch.device) -> Batch:
-        moved = [getattr(self, name) for name in ("head", "relation", "tail", "known_query", "known_candidate")]
-        inclusion = None if self.log_inclusion is None else self.log_inclusion.to(device)
-        return Batch(self.neighbourhood.to(device), *(t.to(device) for t in moved), inclusion)
+        return Batch(
+            neighbourhood=self.neighbourhood.to(device),
+            head=self.head.to(device),
+            relation=self.relation.to(device),
+            tail=self.tail.to(device),
+            known_query=self.known_query.to(device),
+            known_candidate=self.known_candidate.to(device),
+            log_inclusion=None if self.log_inclusion is None else self.log_inclusion.to(device),
+        )
 
 
 def batch_loss(model: FusedModel, batch: Batch, config: ObjectiveConfig) -> tuple[Tensor, dict[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""Everything a run needs to go on as if it had never stopped: weights, optimisers, RNG, sampler position, best so far."""
+"""Everything a run needs to go on as if it had never stopped: weights, optimisers, RNG, position, best so far."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def load_checkpoint(folder: Path, run: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in run.items():
         if theirs.get(key) != value:
             raise TrainingError(
-                f"the checkpoint in {folder} is of another run: its {key} is {theirs.get(key)!r}, this run's {value!r}; "
-                "remove it or train under another storage.root"
+                f"the checkpoint in {folder} is of another run: its {key} is {theirs.get(key)!r}, this run's "
+                f"{value!r}; remove it or train under another storage.root"
             )
     return state
