@@ -8,12 +8,13 @@ the last line on stderr of a failed job is its reason, which is what Ray's Jobs 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,13 +46,13 @@ def main(job: str, arguments: Sequence[str] | None = None) -> int:
 
 def guarded(job: str, options: argparse.Namespace, body: Body) -> int:
     """Run ``body`` under the rules of this module; what it returns is completed to the line of JSON."""
-    set_up_logging()
     begin = time.monotonic()
     result = _failed(job)
     reason, status = "", 0
     try:
-        result |= body(options)
-    except KeyboardInterrupt:
+        with progress_to_stderr():
+            result |= body(options)
+    except (KeyboardInterrupt, SystemExit):  # SystemExit: what Ray makes of SIGTERM, as `ray job stop` sends it
         reason, status = "interrupted; the same command goes on from where it stopped", 130
     except Exception as error:
         told = user_error(error)
@@ -112,14 +113,19 @@ def execute(job: str, settings: Settings, config_name: str, *, keep_serving: boo
     return result
 
 
-def set_up_logging() -> None:
-    """Progress to stderr, a line a message; libraries only when they warn."""
+@contextlib.contextmanager
+def progress_to_stderr() -> Iterator[None]:
+    """What kgray logs goes to stderr, a line a message; of libraries only warnings are heard."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
-    kgray = logging.getLogger("kgray")
-    kgray.handlers[:] = [handler]
-    kgray.setLevel(logging.INFO)
-    kgray.propagate = False
+    before = (log.handlers[:], log.level, log.propagate)
+    log.handlers[:], log.propagate = [handler], False
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.handlers[:], log.propagate = before[0], before[2]
+        log.setLevel(before[1])
 
 
 def _parser(job: str) -> argparse.ArgumentParser:

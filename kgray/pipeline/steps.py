@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 from kgray.artifact import Artifact, Draft, Recipe
+from kgray.errors import ConfigError
 from kgray.lineage.registry import register
 from kgray.lineage.tracking import Run, numeric
 from kgray.model.config import Ablation, ModelConfig, ablation
@@ -48,7 +49,10 @@ def ablations_of(settings: Settings) -> tuple[Ablation, ...]:
 
 
 def targets_of(job: str, settings: Settings) -> list[str]:
-    """The steps a job is asked for; what they need comes by itself."""
+    """The steps a job is asked for; what they need comes by itself.
+
+    Raises ConfigError for embed where there is no text.
+    """
     names = [step.name for step in steps_of(settings)]
     if job == "pipeline":
         return names
@@ -56,6 +60,8 @@ def targets_of(job: str, settings: Settings) -> list[str]:
         return [name for name in names if name in ("ingest", "corpus")]
     if job == "evaluate":
         return [name for name in names if name.partition(" ")[0] == "evaluate"]
+    if job == "embed" and settings.text is None:
+        raise ConfigError("text", None, "a section, as there is nothing to embed without one")
     return {"embed": ["embed"], "train": ["train"], "deploy": ["train"]}[job]
 
 
