@@ -33,7 +33,7 @@ from kgray.training.worker import Worker
 FAST = replace(TRAIN, epochs=30, optimiser=OptimiserConfig(lr=0.02, table_lr=0.2))
 
 
-class Stop(Exception):
+class StopError(Exception):
     """Stands for a death of the process."""
 
 
@@ -51,7 +51,7 @@ class Keeping(Worker):
         shutil.copytree(checkpoint, place)
         self.kept.append(place)
         if len(self.kept) == self.last:
-            raise Stop
+            raise StopError
 
 
 def same(one: Fit, two: Fit) -> bool:
@@ -84,7 +84,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, died_after: int, 
     config = replace(TRAIN, checkpoint_steps=2, accumulate=2, precision=precision)  # type: ignore[arg-type]
     undisturbed = fit(graph(), vectors(), SMALL, config, Keeping(tmp_path / "a"))
     victim = Keeping(tmp_path / "b", last=died_after)
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         fit(graph(), vectors(), SMALL, config, victim)
     torch.manual_seed(99)
     resumed = fit(graph(), vectors(), SMALL, config, Keeping(tmp_path / "c"), resume=victim.kept[-1])
@@ -93,7 +93,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, died_after: int, 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     worker = Keeping(tmp_path, last=1)
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         fit(graph(), vectors(), SMALL, TRAIN, worker)
     with pytest.raises(TrainingError, match=r"another run: its train"):
         fit(graph(), vectors(), SMALL, replace(TRAIN, batch_size=8), resume=worker.kept[0])
