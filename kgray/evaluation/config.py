@@ -20,9 +20,7 @@ class EvaluateConfig:
     )
     baselines: bool = option(True, "Whether frequency, reverse-edge and marginal baselines are ranked too.")
     ranks: bool = option(True, "Whether ranks.parquet is written, one row a query.")
-    ablations: bool = option(
-        False, "Whether text-only and graph-only variants are trained and shown beside the model."
-    )
+    ablations: bool = option(False, "Whether text-only and graph-only variants are trained and shown beside the model.")
     workers: int | None = option(
         None, "Ray tasks at a time. Null: the cores of this machine, or the CPUs of the cluster joined."
     )

@@ -179,14 +179,11 @@ class Counts:
         by_relation = table.sum(axis=1)
         present = np.flatnonzero(by_relation[:, 0])
         groups: dict[str, dict[str, npt.NDArray[np.int64]]] = {
-            "relation": {
-                str(names[r]) if names is not None else str(r): by_relation[r] for r in present.tolist()
-            }
+            "relation": {str(names[r]) if names is not None else str(r): by_relation[r] for r in present.tolist()}
         }
         if self.cardinality is not None:
             groups["cardinality"] = {
-                name: by_relation[self.cardinality == code].sum(axis=0)
-                for code, name in enumerate(CARDINALITIES)
+                name: by_relation[self.cardinality == code].sum(axis=0) for code, name in enumerate(CARDINALITIES)
             }
             groups["entities"] = {"seen": table[:, 0].sum(axis=0), "unseen": table[:, 1].sum(axis=0)}
         return {

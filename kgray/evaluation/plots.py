@@ -93,9 +93,7 @@ def _comparison(report: Mapping[str, Any]) -> Figure:
     panels = figure.subplots(1, len(sides), sharey=True, squeeze=False)[0]
     for panel, side in zip(panels, sides, strict=True):
         values = [metrics.get(report["keys"][side] + ".mrr") for _, metrics, _ in rows]
-        panel.barh(
-            range(len(rows)), [v or 0 for v in values], color=[colour for *_, colour in rows], height=0.62
-        )
+        panel.barh(range(len(rows)), [v or 0 for v in values], color=[colour for *_, colour in rows], height=0.62)
         for place, value in enumerate(values):
             panel.text((value or 0) + 0.015, place, "n/a" if value is None else f"{value:.3f}", va="center")
         panel.set_xlim(0, 1.18)

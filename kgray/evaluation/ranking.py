@@ -250,8 +250,13 @@ def _strata(
 def _batches(
     triples: npt.NDArray[Any] | Iterable[npt.NDArray[Any]], batch_size: int
 ) -> Iterator[npt.NDArray[np.int64]]:
-    """(B, 3) int64 slices of at most ``batch_size`` rows."""
+    """(B, 3) int64 slices of at most ``batch_size`` rows, near-equal in length.
+
+    Near-equal, because a leftover of one or two queries would go through another matrix kernel, which does not
+    give equal candidates equal scores to the last bit.
+    """
     for array in (triples,) if isinstance(triples, np.ndarray) else triples:
         whole = np.asarray(array).reshape(-1, 3)
-        for start in range(0, len(whole), batch_size):
-            yield whole[start : start + batch_size].astype(np.int64)
+        parts = -(-len(whole) // batch_size)
+        for part in range(parts):
+            yield whole[len(whole) * part // parts : len(whole) * (part + 1) // parts].astype(np.int64)

@@ -141,9 +141,7 @@ def test_blocks_of_any_shape_give_the_same_ranks(monkeypatch: pytest.MonkeyPatch
 def test_half_precision_and_strided_scores_are_ranked_and_left_as_they_were() -> None:
     scores = torch.randn(40, 6, generator=torch.Generator().manual_seed(1)).bfloat16().T
     before = scores.clone()
-    optimistic, pessimistic, true, _ = rank_scores(
-        scores, torch.arange(6), (np.array([0, 0]), np.array([0, 5]))
-    )
+    optimistic, pessimistic, true, _ = rank_scores(scores, torch.arange(6), (np.array([0, 0]), np.array([0, 5])))
     wide = scores.float()
     for row in range(6):
         left = [wide[row, c] for c in range(40) if not (row == 0 and c == 5)]
@@ -264,6 +262,23 @@ def test_an_iterator_of_arrays_is_read_once_and_lazily() -> None:
     assert counts.metrics() == rank_triples(scorer, triples, known, split="test", tasks=["tail"]).metrics()
 
 
+def test_batches_are_near_equal_so_that_no_leftover_meets_another_kernel() -> None:
+    sizes: list[int] = []
+    triples = random_triples(0, 130)
+    rank_triples(
+        random_scorer(0, None),
+        triples,
+        None,
+        split="test",
+        tasks=["tail"],
+        batch_size=64,
+        on_ranks=lambda ranks: sizes.append(len(ranks.triples)),
+    )
+    assert sum(sizes) == 130
+    assert max(sizes) <= 64
+    assert max(sizes) - min(sizes) <= 1
+
+
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10**6), parts=st.integers(1, 6), levels=st.sampled_from([None, 2]))
 def test_shards_merge_in_any_order_to_the_same_bits(seed: int, parts: int, levels: int | None) -> None:
@@ -274,10 +289,7 @@ def test_shards_merge_in_any_order_to_the_same_bits(seed: int, parts: int, level
     )
     known, strata = index_of(np.concatenate([triples, train])), Strata.of(train, N, R)
     whole = rank_triples(scorer, triples, known, split="test", train=strata)
-    shards = [
-        rank_triples(scorer, part, known, split="test", train=strata)
-        for part in np.array_split(triples, parts)
-    ]
+    shards = [rank_triples(scorer, part, known, split="test", train=strata) for part in np.array_split(triples, parts)]
     random.Random(seed).shuffle(shards)
     total = merge(shards)
     assert total.metrics(KINDS) == whole.metrics(KINDS)
