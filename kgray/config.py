@@ -97,7 +97,7 @@ def load_config(cls: type[T], path: str, overrides: Sequence[str] = ()) -> T:
     try:
         return typing.cast(T, _value(cls, raw, "", origin.place))
     except ConfigError as error:
-        raise error.at(origin.where(error.key)) from None
+        raise _elsewhere(cls, error).at(origin.where(error.key)) from None
 
 
 def show_config(config: Any) -> str:
@@ -181,13 +181,31 @@ def _section(cls: type, values: Any, key: str, place: Any) -> Any:
     for name, f in known.items():
         if name not in given and f.default is MISSING and f.default_factory is MISSING:
             what = description(f) or describe(types_of[name])
-            raise ConfigError(
-                _join(key, name), problem="is missing", expected=f"{describe(types_of[name])}: {what}"
-            )
+            raise ConfigError(_join(key, name), problem="is missing", expected=f"{describe(types_of[name])}: {what}")
     try:
         return cls(**given)
     except ConfigError as error:
         raise (error.under(key) if key else error) from None
+
+
+def _elsewhere(cls: type, error: ConfigError) -> ConfigError:
+    """An unknown key that another section knows by that very name is pointed there (``batch_size=8``)."""
+    if error.problem != "is unknown":
+        return error
+    places: list[str] = []
+    waiting: list[tuple[str, Any]] = [("", cls)]
+    while waiting:
+        prefix, kind = waiting.pop()
+        if is_dataclass(kind):
+            for name, inner in field_types(typing.cast(type, kind)).items():
+                waiting.append((_join(prefix, name), inner))
+                if name == error.key.rpartition(".")[2]:
+                    places.append(f"'{_join(prefix, name)}'")
+        else:
+            waiting += [(prefix, inner) for inner in get_args(kind) if not isinstance(inner, str)]
+    if not places:
+        return error
+    return ConfigError(error.key, problem=f"is unknown: did you mean {' or '.join(sorted(places)[:3])}?")
 
 
 def _unknown(key: str, name: str, known: list[str]) -> ConfigError:
@@ -237,9 +255,7 @@ def _shape(kind: Any) -> str:
 
 
 def _shape_of(value: Any) -> str:
-    return (
-        "mapping" if isinstance(value, Mapping) else "list" if isinstance(value, list | tuple) else "scalar"
-    )
+    return "mapping" if isinstance(value, Mapping) else "list" if isinstance(value, list | tuple) else "scalar"
 
 
 def _literal(kind: Any, value: Any, key: str) -> Any:
@@ -268,9 +284,7 @@ def _items(kind: Any, value: Any, key: str, place: Any) -> Any:
         of = list(arguments)
     else:
         of = [arguments[0] if arguments else Any] * len(value)
-    items = [
-        _value(one, item, f"{key}[{n}]", place) for n, (one, item) in enumerate(zip(of, value, strict=True))
-    ]
+    items = [_value(one, item, f"{key}[{n}]", place) for n, (one, item) in enumerate(zip(of, value, strict=True))]
     return tuple(items) if as_tuple else items
 
 
@@ -360,6 +374,4 @@ def describe(kind: Any) -> str:
         return "a list"
     if origin in (dict, Mapping):
         return f"a mapping from names to values, each {describe(get_args(kind)[1])}"
-    return _WORDS.get(
-        kind, "a value" if kind in (Any, object) else "a mapping" if kind is dict else str(kind)
-    )
+    return _WORDS.get(kind, "a value" if kind in (Any, object) else "a mapping" if kind is dict else str(kind))

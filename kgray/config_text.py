@@ -100,7 +100,7 @@ def parse_yaml(text: str, path: str, lines: dict[str, int] | None = None) -> Any
             node = loader.get_single_node()
             if node is None:
                 return None
-            _check_keys(node, "", path, {} if lines is None else lines)
+            _check_keys(node, "", path, {} if lines is None else lines, ())
             return loader.construct_document(node)
         finally:
             loader.dispose()
@@ -149,13 +149,17 @@ def _plain_scalar(loader: Any, node: Any) -> Any:
     return parse_scalar(loader.construct_scalar(node))
 
 
-def _check_keys(node: Any, prefix: str, path: str, lines: dict[str, int]) -> None:
+def _check_keys(node: Any, prefix: str, path: str, lines: dict[str, int], above: tuple[int, ...]) -> None:
     import yaml
+
+    if id(node) in above:
+        raise ConfigFileError(f"{path}:{node.start_mark.line + 1}", "an alias (*name) stands inside what it names")
+    above = (*above, id(node))
 
     if isinstance(node, yaml.SequenceNode):
         for n, item in enumerate(node.value):
             lines[f"{prefix}[{n}]"] = item.start_mark.line + 1
-            _check_keys(item, f"{prefix}[{n}]", path, lines)
+            _check_keys(item, f"{prefix}[{n}]", path, lines, above)
     if not isinstance(node, yaml.MappingNode):
         return
     seen: dict[str, int] = {}
@@ -168,30 +172,26 @@ def _check_keys(node: Any, prefix: str, path: str, lines: dict[str, int]) -> Non
             continue
         key = f"{prefix}.{name}" if prefix else name
         if name in seen:
-            raise ConfigFileError(
-                f"{path}:{line}", f"key '{key}' is given twice (first in line {seen[name]})"
-            )
+            raise ConfigFileError(f"{path}:{line}", f"key '{key}' is given twice (first in line {seen[name]})")
         seen[name] = line
         lines[key] = line
         # Keys are names whatever they look like: `1: x` is the key "1".
         key_node.tag = "tag:yaml.org,2002:str"
-        _check_keys(value_node, key, path, lines)
+        _check_keys(value_node, key, path, lines, above)
 
 
 def _override(raw: dict[str, Any], override: str, origin: Origin) -> None:
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals or not key or not all(key.split(".")):
-        raise ConfigError(
-            key or override, problem=f"is no override: {override!r}", expected="dotted.key=value"
-        ).at("command line")
+        raise ConfigError(key or override, problem=f"is no override: {override!r}", expected="dotted.key=value").at(
+            "command line"
+        )
     try:
         value = parse_yaml(text, "command line")
     except ConfigFileError:
         if text.lstrip().startswith(("[", "{", '"', "'")):
-            raise ConfigError(key, text, "a YAML value (quote texts, close brackets)").at(
-                "command line"
-            ) from None
+            raise ConfigError(key, text, "a YAML value (quote texts, close brackets)").at("command line") from None
         value = text  # such as the glob *.tsv, which YAML takes for an alias
     *sections, last = key.split(".")
     target = raw
@@ -199,9 +199,9 @@ def _override(raw: dict[str, Any], override: str, origin: Origin) -> None:
         below = target.get(name)
         if isinstance(below, list):
             whole = ".".join(sections[:depth])
-            raise ConfigError(
-                key, problem="reaches into a list", expected=f"the whole list, {whole}=[...]"
-            ).at("command line")
+            raise ConfigError(key, problem="reaches into a list", expected=f"the whole list, {whole}=[...]").at(
+                "command line"
+            )
         if not isinstance(below, dict):
             below = target[name] = {}
         target = below

@@ -134,9 +134,7 @@ def ray_session(config: RayConfig | None = None) -> Iterator[RaySession]:
         if embedded:
             _embedded_address = address
         stack.enter_context(_data_context(progress))
-        log.info(
-            "%s Ray at %s, %d logical CPUs", "started" if embedded else "joined", address, cluster_cpus()
-        )
+        log.info("%s Ray at %s, %d logical CPUs", "started" if embedded else "joined", address, cluster_cpus())
         yield RaySession(address, embedded=embedded, owner=embedded)
 
 
@@ -208,13 +206,19 @@ def _join(address: str, config: RayConfig) -> None:
     try:
         ray.init(address=address, log_to_driver=config.log_to_driver, logging_level=logging.WARNING)
     except (ConnectionError, OSError, TimeoutError, RuntimeError, ValueError) as error:
-        raise _cannot_join(address, _one_line(error)) from error
+        reason = _one_line(error)
+        if "authentication" in f"{error} {error.__cause__}".lower():
+            reason = (
+                "it demands a token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH "
+                "unless ~/.ray/auth_token holds it"
+            )
+        raise _cannot_join(address, reason) from error
 
 
 def _cannot_join(address: str, reason: str) -> ClusterError:
     return ClusterError(
-        f"cannot join the Ray cluster at {address}: {reason}; is it running? "
-        "(ray.address or RAY_ADDRESS names it; ray.address=local starts one here)"
+        f"cannot join the Ray cluster at {address} (ray.address or RAY_ADDRESS names it; ray.address=local "
+        f"starts one here): {reason}"
     )
 
 

@@ -120,6 +120,7 @@ def test_strangers_are_kept_out(ray_cluster: RaySession):
     done = python(code)
     assert "in" not in done.stdout.split()
     assert done.returncode != 0
+    assert "it demands a token" in done.stderr.strip().splitlines()[-1]
 
 
 def test_resources(ray_cluster: RaySession):

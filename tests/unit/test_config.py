@@ -1,6 +1,6 @@
 """The typed configuration: what it reads, and how it refuses."""
 
-# ruff: noqa: E501  (the table of refusals reads better in long lines)
+
 from __future__ import annotations
 
 import json
@@ -145,6 +145,9 @@ def test_environment(load, monkeypatch, tmp_path):
         (BASE, ["train.batchsize=3"], "command line: configuration key 'train.batchsize' is unknown: did you mean "
          "'train.batch_size'?"),
         (BASE + "trian: {}\n", [], "c.yaml:3: configuration key 'trian' is unknown: did you mean 'train'?"),
+        (BASE, ["fan_out=[3]"], "'fan_out' is unknown: did you mean 'extra.fan_out' or 'train.fan_out'?"),
+        (BASE + "train: {valid: x}\n", [], "'train.valid' is unknown: did you mean 'data.triples.valid'?"),
+        ("data: &a\n  triples: [*a]\n", [], "c.yaml:1: an alias (*name) stands inside what it names"),
         (BASE + "train:\n  zzz: 3\n", [], "'train.zzz' is unknown; expected one of train.batch_size, train.rate"),
         (BASE + "train:\n  batch_size: many\n", [], "c.yaml:4: configuration key 'train.batch_size' has the value "
          "'many'; expected a whole number"),
