@@ -15,6 +15,7 @@ import secrets
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -193,10 +194,24 @@ def _start(config: RayConfig) -> None:
         options["_temp_dir"] = config.temp_dir
     if config.metrics_port is not None:
         options["_metrics_export_port"] = config.metrics_port
-    try:
-        ray.init(**options)
-    except (ConnectionError, OSError, TimeoutError, ValueError) as error:
-        raise ClusterError(f"cannot start Ray on this machine: {_one_line(error)}") from error
+    for attempt in (1, 2):
+        try:
+            ray.init(**options)
+            return
+        except Exception as error:  # Ray raises a bare Exception when its node is not up within 30 s
+            _kill_half_started(error)
+            if attempt == 2 or "timed out during startup" not in str(error):
+                raise ClusterError(f"cannot start Ray on this machine: {_one_line(error)}") from error
+            log.warning("Ray did not come up in time, the machine is busy; trying once more")
+
+
+def _kill_half_started(error: BaseException) -> None:
+    """Ends the processes of a node that failed to start. ``ray.init`` forgets such a node, and its processes
+    would stay until this one ends; only the traceback still knows it."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        node: Any = frame.f_locals.get("self")
+        if type(node).__name__ == "Node" and hasattr(node, "kill_all_processes"):
+            node.kill_all_processes(check_alive=False, allow_graceful=False)
 
 
 def _join(address: str, config: RayConfig) -> None:
