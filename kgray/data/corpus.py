@@ -30,6 +30,7 @@ from kgray.data.inputs import (
     hashed,
     plan_reading,
     reading_options,
+    run_small,
 )
 from kgray.data.rows import RowBlock, Shape, not_utf8, read_rows
 from kgray.data.tables import is_blank
@@ -60,6 +61,11 @@ def ingest_corpus(draft: Draft, data: DataConfig, sizes: Sizes | None = None) ->
     Raises DataError naming file and line: bad rows beyond the policy, a repeated doc_id, files that cannot be read.
     """
     sizes = sizes or Sizes()
+    small: dict[str, int] | None = run_small(document_files(data), sizes, _ingest_corpus, draft, data, sizes)
+    return small if small is not None else _ingest_corpus(draft, data, sizes)
+
+
+def _ingest_corpus(draft: Draft, data: DataConfig, sizes: Sizes) -> dict[str, int]:
     files = document_files(data)
     paths = [file.path for file in files]
     hashing = start("hash files", hash_of, hash_groups(files))
@@ -74,13 +80,9 @@ def ingest_corpus(draft: Draft, data: DataConfig, sizes: Sizes | None = None) ->
         2 + buckets,
     )
     bad = BadRows(kept_details(data))
-    try:
-        read: list[DocumentsRead] = fetch(
-            "read documents", [one[0] for one in reading], lambda told: bad.take(told.bad)
-        )
-    except DataError:
-        judge(bad, data, paths)
-        raise
+    read: list[DocumentsRead] = fetch("read documents", [one[0] for one in reading])
+    for told in read:
+        bad.take(told.bad)
     judge(bad, data, paths)
     checking = start(
         "check ids",
@@ -88,7 +90,8 @@ def ingest_corpus(draft: Draft, data: DataConfig, sizes: Sizes | None = None) ->
         [([one[2 + b] for one in reading], data, paths) for b in range(buckets)],
         1 + len(reading),
     )
-    fetch("check ids", [one[0] for one in checking], bad.take)
+    for repeated in fetch("check ids", [one[0] for one in checking]):
+        bad.take(repeated)
     judge(bad, data, paths)
     columns = list(dict.fromkeys([*_FIXED, *(name for one in read for name in one.columns)]))
     arguments = [(draft, n, columns, one[1], [drop[1 + n] for drop in checking]) for n, one in enumerate(reading)]

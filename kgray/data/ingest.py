@@ -31,6 +31,7 @@ from kgray.data.inputs import (
     hashed,
     plan_reading,
     reading_options,
+    run_small,
 )
 from kgray.data.partition import GraphConfig, partition_ranges
 from kgray.data.tables import (
@@ -77,7 +78,13 @@ def ingest(draft: Draft, data: DataConfig, graph: GraphConfig, sizes: Sizes | No
     Raises DataError naming file and line: bad rows beyond the policy, files that cannot be read, nothing to train
     on; ConfigError: more partitions than entities.
     """
-    run = _Ingest(draft, data, sizes or Sizes())
+    sizes = sizes or Sizes()
+    small: dict[str, int] | None = run_small(graph_files(data), sizes, _ingest, draft, data, graph, sizes)
+    return small if small is not None else _ingest(draft, data, graph, sizes)
+
+
+def _ingest(draft: Draft, data: DataConfig, graph: GraphConfig, sizes: Sizes) -> dict[str, int]:
+    run = _Ingest(draft, data, sizes)
     hashing = start("hash files", hash_of, hash_groups(run.files))
     entities = run.read()
     ranges = _ranges(entities, graph)
@@ -166,12 +173,11 @@ class _Ingest:
         return start(f"read {what}", function, [(group, self.data, buckets) for group in plan.groups], returns)
 
     def _collect(self, name: str, references: Sequence[Any]) -> list[Any]:
-        """Small results, their bad rows taken over. A fault of a whole file comes after bad rows before it."""
-        try:
-            return fetch(name, references, lambda told: self.bad.take(told.bad))
-        except DataError:
-            self._judge()
-            raise
+        """Small results, their bad rows taken over."""
+        results = fetch(name, references)
+        for told in results:
+            self.bad.take(told.bad)
+        return results
 
     def _judge(self) -> None:
         judge(self.bad, self.data, self.paths)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from kgray.data.files import (
     open_raw,
 )
 from kgray.data.rows import Shape, check_columns
-from kgray.data.tasks import run_all
+from kgray.data.tasks import in_process, run_all
 from kgray.errors import ConfigError, DataError
 
 _HASH_BYTES = 1 << 30
@@ -42,6 +42,8 @@ class Sizes:
     """Of several small files, by one reading task."""
     bucket_bytes: int = CHUNK_BYTES
     """Of the input, for each hash bucket of the dictionary."""
+    small_bytes: int = 16 << 20
+    """Of the whole input, up to which one task does everything."""
 
 
 def graph_files(data: DataConfig) -> list[InputFile]:
@@ -87,6 +89,14 @@ def reading_options(data: DataConfig) -> dict[str, Any]:
         "on_bad_row": data.on_bad_row,
         "max_bad_rows": data.max_bad_rows if data.on_bad_row == "skip" else 0,
     }
+
+
+def run_small(files: Sequence[InputFile], sizes: Sizes, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Run a whole ingest in one task where the input is small; None where it is not."""
+    packed = sum(file_bytes(file) * (_EXPANSION if file.compression else 1) for file in files)
+    if packed > sizes.small_bytes:
+        return None
+    return run_all("ingest", in_process, [(function, *arguments)])[0]
 
 
 @dataclass

@@ -9,11 +9,43 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from kgray.errors import KgrayError
 
 log = logging.getLogger(__name__)
+_in_process = False
+
+
+@dataclass
+class _Failed:
+    """Stands for the result of a call that raised, until it is fetched."""
+
+    error: Exception
+
+
+def in_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function with all tasks it starts running at once, in this process, in order.
+
+    Small data is taken whole by one task this way: a second worker would take longer to start than to help.
+    """
+    global _in_process
+    _in_process = True
+    try:
+        return function(*arguments)
+    finally:
+        _in_process = False
+
+
+def _call_here(function: Callable[..., Any], arguments: tuple[Any, ...], returns: int) -> Any:
+    try:
+        result = function(*arguments)
+    except Exception as error:
+        result = _Failed(error) if returns == 1 else [_Failed(error)] * returns
+    return result
+
+
 REPORT_EVERY_S = 10.0
 
 
@@ -22,6 +54,8 @@ def start(name: str, function: Callable[..., Any], arguments: Sequence[tuple[Any
 
     Returns a reference for each, or with ``returns`` > 1 a list of that many.
     """
+    if _in_process:
+        return [_call_here(function, one, returns) for one in arguments]
     import ray
 
     # Ray follows references that are arguments themselves, not those within lists: so lists are laid out flat.
@@ -54,27 +88,29 @@ def _flat_call(function: Callable[..., Any], layout: list[int], *leaves: Any) ->
     return function(*arguments)
 
 
-def fetch(name: str, references: Sequence[Any], until: Callable[[Any], None] | None = None) -> list[Any]:
+def fetch(name: str, references: Sequence[Any]) -> list[Any]:
     """The values of small results, in order; says how far it is from time to time.
 
-    ``until`` sees each result in order, before a later failure is raised. An error of kgray raised in a task is
-    raised as itself.
+    An error of kgray raised in a task is raised as itself, the first in order.
     """
+    if not _in_process:
+        _watch(name, references)
+    return [_value(reference) for reference in references]
+
+
+def _value(reference: Any) -> Any:
+    if _in_process:
+        if isinstance(reference, _Failed):
+            raise reference.error
+        return reference
     import ray
 
-    _watch(name, references)
-    values = []
-    for reference in references:
-        try:
-            value = ray.get(reference)
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, KgrayError):
-                raise error.cause from None
-            raise
-        if until:
-            until(value)
-        values.append(value)
-    return values
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, KgrayError):
+            raise error.cause from None
+        raise
 
 
 def run_all(name: str, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:

@@ -31,7 +31,7 @@ from kgray.data.inputs import Sizes
 from kgray.data.partition import GraphConfig
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
-TINY = Sizes(chunk_bytes=700, task_bytes=900, bucket_bytes=1200)
+TINY = Sizes(chunk_bytes=700, task_bytes=900, bucket_bytes=1200, small_bytes=0)
 
 
 def run(folder: Path, data: dict[str, Any], partitions: int = 3, sizes: Sizes | None = None) -> dict[str, int]:
@@ -109,7 +109,7 @@ def test_same_bytes_however_it_is_cut(tmp_path: Path) -> None:
     data = random_graph(tmp_path, 3)
     run(tmp_path / "a", data)
     run(tmp_path / "b", data, sizes=TINY)
-    run(tmp_path / "c", data, sizes=Sizes(chunk_bytes=300, task_bytes=300, bucket_bytes=500))
+    run(tmp_path / "c", data, sizes=Sizes(chunk_bytes=300, task_bytes=300, bucket_bytes=500, small_bytes=0))
     assert fingerprint(tmp_path / "a") == fingerprint(tmp_path / "b") == fingerprint(tmp_path / "c")
 
 

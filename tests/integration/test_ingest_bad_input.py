@@ -258,7 +258,7 @@ def test_first_bad_row_in_file_order(tmp_path: Path) -> None:
     rows[250] = rows[120] = rows[260] = "bad"
     one = write(tmp_path / "1.tsv", "\n".join(rows))
     two = write(tmp_path / "2.tsv", "bad\n")
-    sizes = Sizes(chunk_bytes=400, task_bytes=400, bucket_bytes=500)
+    sizes = Sizes(chunk_bytes=400, task_bytes=400, bucket_bytes=500, small_bytes=0)
     message = refused(tmp_path, triples=[one, two], sizes=sizes)
     assert message.startswith(f"{one}, line 121: found 1 column;")
     assert "; and 3 more bad rows (data.on_bad_row=skip" in message
@@ -302,3 +302,21 @@ def test_header_option(tmp_path: Path) -> None:
         triples=other,
         header=True,
     )
+
+
+def test_the_same_is_told_when_tasks_are_many(tmp_path: Path) -> None:
+    """Most tests here are small enough for one task; faults must cross from many just as well."""
+    good = write(tmp_path / "1.tsv", GOOD)
+    late = write(tmp_path / "2.tsv", "a\tr\tb\na\tr\n")
+    cut = write(tmp_path / "3.tsv.gz", cut_gzip(b"a\tr\tb\n" * 1000))
+    many = Sizes(chunk_bytes=10, task_bytes=10, bucket_bytes=10, small_bytes=0)
+    for sizes in (None, many):
+        refused(tmp_path, "3.tsv.gz, after line", "the file is truncated", triples=[good, cut], sizes=sizes)
+        _remove(tmp_path / "graph")
+        refused(tmp_path, "3.tsv.gz, after line", "the file is truncated", triples=[good, late, cut], sizes=sizes)
+        _remove(tmp_path / "graph")
+        refused(tmp_path, f"{late}, line 2: found 2 columns", triples=[good, late], sizes=sizes)
+        _remove(tmp_path / "graph")
+        entities = write(tmp_path / "e.tsv", "id\na\nb\na\n")
+        refused(tmp_path, "e.tsv, line 4: the id 'a'", triples=good, entities=entities, sizes=sizes)
+        _remove(tmp_path / "graph")

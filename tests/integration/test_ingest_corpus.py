@@ -66,7 +66,7 @@ def test_cut_gives_the_same_rows(tmp_path: Path) -> None:
     _, whole = run(tmp_path / "one", documents=str(tmp_path / "a.jsonl"))
     counts, cut = run(
         tmp_path / "two",
-        Sizes(chunk_bytes=900, task_bytes=900, bucket_bytes=900),
+        Sizes(chunk_bytes=900, task_bytes=900, bucket_bytes=900, small_bytes=0),
         documents=str(tmp_path / "a.jsonl"),
     )
     assert whole == cut
