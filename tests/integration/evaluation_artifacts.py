@@ -85,7 +85,6 @@ def model_artifact(
         index = loaded.message_index()
         model = FusedModel(config, loaded.num_relations, torch.from_numpy(index.degrees > 0), None, None)
         scorer = scorer_of(model, index)
-        scorer.relations = scorer.relations.detach()
         if poison:
             scorer.tails[1] = torch.nan
         key = "valid.both.realistic.filtered.full.mrr"
