@@ -106,7 +106,7 @@ def execute(job: str, settings: Settings, config_name: str, *, keep_serving: boo
         result = results.result(job, work) | {"url": url}
         if keep_serving:
             # Whoever reads stdout learns now that the service is up; this line stays the last.
-            _say(result | {"seconds": round(time.monotonic() - begin, 2)})
+            _say({"job": job} | result | {"seconds": round(time.monotonic() - begin, 2)})
             log.info("serving at %s until Ctrl-C", url)
             deployment.wait_for_signal()
             result["_said"] = True
