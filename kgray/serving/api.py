@@ -20,7 +20,7 @@ from kgray.serving.config import ServeConfig
 from kgray.serving.guard import Guard, GuardRules
 from kgray.serving.names import Named, QueryError
 from kgray.serving.openapi import describe_api
-from kgray.serving.predictor import Query, Ranking, ScoredTriple, Triple
+from kgray.serving.predictor import Prediction, Query, Ranking, ScoredTriple, Triple
 from kgray.serving.problems import Problem, pointer
 
 _FIELDS = {
@@ -67,41 +67,28 @@ def create_api(service: Service, config: ServeConfig, *, own_request_id: bool = 
     api.add_middleware(Guard, rules=rules)
     api.add_exception_handler(RequestValidationError, _invalid)
     api.add_exception_handler(HTTPException, _http_error)
-    _add_routes(api, service, config)
+    _add_status_routes(api, service, config)
+    _add_scoring_routes(api, service, config)
     describe_api(api, config, service.facts(2) if service.ready else [])
     return api
 
 
-def _add_routes(api: FastAPI, service: Service, config: ServeConfig) -> None:
-    def ready() -> None:
-        if not service.ready:
-            raise Problem(
-                503,
-                "not-ready",
-                "The model is not loaded yet.",
-                headers={"retry-after": str(config.retry_after_s)},
-            )
-
-    def reference() -> schemas.ModelRef:
-        return schemas.ModelRef(name=config.name, version=service.version)
-
-    json_only = [Depends(_json_only)]
-
+def _add_status_routes(api: FastAPI, service: Service, config: ServeConfig) -> None:
     @api.get("/healthz", summary="The process is alive")
     async def healthz() -> schemas.Status:
         return schemas.Status(status="ok")
 
     @api.get("/readyz", summary="The model is loaded and answers")
     async def readyz() -> schemas.Status:
-        ready()
+        _check_ready(service, config)
         return schemas.Status(status="ok")
 
     @api.get("/v1/model", summary="What is being served")
     async def model() -> schemas.ModelInfo:
-        ready()
+        _check_ready(service, config)
         about = service.about()
         return schemas.ModelInfo(
-            model=reference(),
+            model=schemas.ModelRef(name=config.name, version=service.version),
             graph_version=about["graph_version"],
             counts=schemas.Counts(**about["counts"]),
             metrics={name: _finite(value) for name, value in about["metrics"].items()},
@@ -113,9 +100,13 @@ def _add_routes(api: FastAPI, service: Service, config: ServeConfig) -> None:
             ),
         )
 
+
+def _add_scoring_routes(api: FastAPI, service: Service, config: ServeConfig) -> None:
+    json_only = [Depends(_json_only)]
+
     @api.post("/v1/predict", summary="Give two of head, relation, tail: get the third", dependencies=json_only)
     async def predict(body: schemas.PredictRequest, response: Response) -> schemas.PredictResponse:
-        ready()
+        _check_ready(service, config)
         _check_limit("top_k", body.top_k, config.max_top_k)
         scored = await service.predict(Query(body.head, body.relation, body.tail, body.top_k, body.filter_known))
         _add_timing(response, scored)
@@ -124,7 +115,7 @@ def _add_routes(api: FastAPI, service: Service, config: ServeConfig) -> None:
         if not isinstance(ranking, Ranking):
             raise TypeError(f"predict answered with {type(ranking).__name__}")
         return schemas.PredictResponse(
-            model=reference(),
+            model=schemas.ModelRef(name=config.name, version=service.version),
             query=schemas.QueryEcho(
                 head=_item(ranking.head),
                 relation=_item(ranking.relation),
@@ -133,34 +124,27 @@ def _add_routes(api: FastAPI, service: Service, config: ServeConfig) -> None:
                 filter_known=body.filter_known,
             ),
             missing=ranking.missing,
-            predictions=[
-                schemas.PredictionBody.model_construct(rank=p.rank, id=p.id, name=p.name, score=p.score, known=p.known)
-                for p in ranking.predictions
-            ],
+            predictions=[_prediction(p) for p in ranking.predictions],
         )
 
     @api.post("/v1/score", summary="Score one triple or a list of triples", dependencies=json_only)
     async def score(body: schemas.ScoreRequest, response: Response) -> schemas.ScoreResponse:
-        ready()
+        _check_ready(service, config)
         triples = body.as_list()
         _check_limit("triples", len(triples), config.max_triples)
         scored = await service.score([Triple(t.head, t.relation, t.tail) for t in triples])
         _add_timing(response, scored)
         _refuse(scored.answers, [("triples", i) if body.triples else () for i in range(len(triples))])
         return schemas.ScoreResponse(
-            model=reference(),
-            scores=[
-                schemas.ScoreBody(
-                    head=schemas.Item(id=a.head.id, name=a.head.name),
-                    relation=schemas.Item(id=a.relation.id, name=a.relation.name),
-                    tail=schemas.Item(id=a.tail.id, name=a.tail.name),
-                    score=a.score,
-                    known=a.known,
-                )
-                for a in scored.answers
-                if isinstance(a, ScoredTriple)
-            ],
+            model=schemas.ModelRef(name=config.name, version=service.version),
+            scores=[_score(answer) for answer in scored.answers if isinstance(answer, ScoredTriple)],
         )
+
+
+def _check_ready(service: Service, config: ServeConfig) -> None:
+    if not service.ready:
+        headers = {"retry-after": str(config.retry_after_s)}
+        raise Problem(503, "not-ready", "The model is not loaded yet.", headers=headers)
 
 
 def _json_only(request: Request) -> None:
@@ -248,6 +232,21 @@ async def _http_error(request: Request, error: Exception) -> NoReturn:
 def _add_timing(response: Response, scored: Scored) -> None:
     ms = 1000 * scored.seconds
     response.headers["server-timing"] = f'score;dur={ms:.2f};desc="batch of {scored.batch}"'
+
+
+def _prediction(p: Prediction) -> schemas.PredictionBody:
+    # Not validated again: there may be a thousand, and they come from us.
+    return schemas.PredictionBody.model_construct(rank=p.rank, id=p.id, name=p.name, score=p.score, known=p.known)
+
+
+def _score(answer: ScoredTriple) -> schemas.ScoreBody:
+    return schemas.ScoreBody(
+        head=schemas.Item(id=answer.head.id, name=answer.head.name),
+        relation=schemas.Item(id=answer.relation.id, name=answer.relation.name),
+        tail=schemas.Item(id=answer.tail.id, name=answer.tail.name),
+        score=answer.score,
+        known=answer.known,
+    )
 
 
 def _item(row: Named | None) -> schemas.Item | None:

@@ -31,6 +31,10 @@ TOLERANCE = 1e-5
 _ELSEWHERE = frozenset({"examples", "startup_timeout_s", "host", "port", "insecure"})
 """Settings that a running replica does not know, so that a change of theirs needs no new one."""
 
+_PATIENCE = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "20"}
+"""Serve kills an HTTP server that has not come up within three times this many seconds. Its own 5 are too few
+on a small machine that has other work, and starting again from nothing does not help it."""
+
 log = logging.getLogger(__name__)
 
 
@@ -134,6 +138,7 @@ def _expected(config: ServeConfig, predictor: Predictor, queries: list[Query]) -
 def _start_serve(config: ServeConfig) -> None:
     """Start Serve's controller and HTTP server, or see that those which run are the ones wanted."""
     from ray import serve
+    from ray.exceptions import RayActorError
 
     # No public call tells the HTTP options of a running Serve from inside the cluster, and `serve.start`
     # ignores options that differ.
@@ -153,14 +158,16 @@ def _start_serve(config: ServeConfig) -> None:
         return
     if _on_head():
         _check_free(config)
-    serve.start(
-        http_options={
-            "host": config.host,
-            "port": config.port,
-            # The service answers 504 itself; this is for a replica that cannot.
-            "request_timeout_s": 2 * config.request_timeout_s + 5,
-        }
-    )
+    # The service answers 504 itself; this is for a replica that cannot.
+    timeout_s = 2 * config.request_timeout_s + 5
+    try:
+        serve.start(
+            http_options={"host": config.host, "port": config.port, "request_timeout_s": timeout_s},
+            controller_options={"runtime_env": {"env_vars": _PATIENCE}},
+        )
+    except (RayActorError, TimeoutError) as error:
+        # Serve goes on trying. Whether the URL answers in time is seen in the end, and all that counts.
+        log.warning("the HTTP server of Serve is slow to start: %s", str(error).splitlines()[0])
 
 
 def _check_free(config: ServeConfig) -> None:
@@ -244,6 +251,8 @@ def _run(config: ServeConfig, arguments: dict[str, Any], deadline: float) -> Non
         # Another application has the route. Ray puts the traceback of its controller into the text.
         reason = getattr(error, "cause", error)
         raise UserError(f"Serve refuses to run {config.name!r} (serve.name): {reason}") from error
+    except TimeoutError as error:
+        log.warning("Serve is slow: %s", error)
     while True:
         status = serve.status().applications[config.name]
         if status.status == "RUNNING":
@@ -264,7 +273,8 @@ def _await_version(url: str, version: str, deadline: float) -> None:
         in_a_row = in_a_row + 1 if seen == version else 0
         if in_a_row == 0:
             if time.monotonic() > deadline:
-                raise DeployError(f"{url} answers with version {seen}, not with {version}")
+                what = f"answers with version {seen}" if seen else "does not answer"
+                raise DeployError(f"{url} {what}, though version {version} was deployed there")
             time.sleep(0.2)
 
 

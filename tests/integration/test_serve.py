@@ -175,8 +175,12 @@ def test_overload_is_a_problem_too(http: httpx.Client, models: tuple[Artifact, A
         async with httpx.AsyncClient(base_url=str(http.base_url), trust_env=False, timeout=60) as client:
             return await asyncio.gather(*(client.post("/v1/predict", json=GOOD) for _ in range(75)))
 
-    answers = asyncio.run(flood())
-    refused = [a for a in answers if a.status_code != 200]
+    # How fast a flood arrives is up to the machine; what is refused must be refused well.
+    for _ in range(5):
+        answers = asyncio.run(flood())
+        refused = [a for a in answers if a.status_code != 200]
+        if refused:
+            break
     assert refused and len(refused) < 75
     for answer in refused:
         check_problem(answer, 429, models[0].version)
