@@ -20,9 +20,7 @@ N, R = 12, 4
 @pytest.fixture()
 def train() -> np.ndarray:
     draw = np.random.default_rng(4)
-    return np.stack(
-        [draw.integers(0, N - 1, 70), draw.integers(0, R - 1, 70), draw.integers(0, N - 1, 70)], 1
-    )
+    return np.stack([draw.integers(0, N - 1, 70), draw.integers(0, R - 1, 70), draw.integers(0, N - 1, 70)], 1)
 
 
 def pairs() -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,8 +57,7 @@ def test_inverse_rule_equals_plain_loops(train: np.ndarray) -> None:
     facts = {tuple(row) for row in train.tolist()}
     of = [sum(y == r for _, y, _ in facts) for r in range(R)]
     confidence = [
-        [sum((z, r, x) in facts for x, y, z in facts if y == s) / max(of[s], 1) for r in range(R)]
-        for s in range(R)
+        [sum((z, r, x) in facts for x, y, z in facts if y == s) / max(of[s], 1) for r in range(R)] for s in range(R)
     ]
 
     def best(x: int, r: int, y: int) -> float:
@@ -83,9 +80,7 @@ def test_inverse_rule_equals_plain_loops(train: np.ndarray) -> None:
     ruled = scorer.score_relations(a, b).numpy()
     for row, (x, y) in enumerate(zip(a.tolist(), b.tolist(), strict=True)):
         for relation in range(R):
-            assert ruled[row, relation] == pytest.approx(
-                plain[row, relation] + best(x, relation, y), abs=1e-6
-            )
+            assert ruled[row, relation] == pytest.approx(plain[row, relation] + best(x, relation, y), abs=1e-6)
 
 
 def test_marginals_are_a_distribution_and_follow_the_counts() -> None:
@@ -126,9 +121,7 @@ def load(folder: Path) -> tuple[dict[str, np.ndarray], int, int]:
 
 def measure(name: str, splits: dict[str, np.ndarray], n: int, r: int, tasks: tuple[str, ...]) -> Counts:
     known = FilterIndex.build(np.concatenate([splits[s] for s in filter_splits("test")]), n, r)
-    return rank_triples(
-        BASELINES[name].scorer(splits["train"], n, r), splits["test"], known, split="test", tasks=tasks
-    )
+    return rank_triples(BASELINES[name].scorer(splits["train"], n, r), splits["test"], known, split="test", tasks=tasks)
 
 
 def test_real_data_gives_the_numbers_measured_independently(data_root: Path) -> None:

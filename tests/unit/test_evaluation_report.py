@@ -21,9 +21,7 @@ from kgray.evaluation.shards import RANK_EDGES
 NASTY = '<script>alert("x")</script>&'
 
 
-def counts_of(
-    relations: int, *, sides: tuple[str, ...] = ("tail", "head", "relation"), strata: bool = True
-) -> Counts:
+def counts_of(relations: int, *, sides: tuple[str, ...] = ("tail", "head", "relation"), strata: bool = True) -> Counts:
     draw = np.random.default_rng(0)
     counts = Counts("test", True, relations, np.arange(relations, dtype=np.int8) % 4 if strata else None)
     which = draw.integers(0, relations, 300)
@@ -48,9 +46,7 @@ def report_with(counts: Counts, names: list[str], **other: Any) -> dict[str, Any
         "seconds": 1.5,
         "metrics": counts.metrics(KINDS),
         "slices": counts.slices(names),
-        "baselines": {
-            "marginals": {"meaning": "a & b", "metrics": counts_of(3, sides=("relation",)).metrics()}
-        },
+        "baselines": {"marginals": {"meaning": "a & b", "metrics": counts_of(3, sides=("relation",)).metrics()}},
         "ablations": {"text_only": {"version": "abcd", "metrics": counts.metrics()}},
         "histogram": {side: histogram.tolist() for side in counts.tables},
         "history": [{"epoch": 0.0, "train.loss": 2.0, "valid.both.realistic.filtered.full.mrr": 0.2}],
@@ -66,9 +62,7 @@ def test_the_page_is_self_contained_escaped_and_shows_every_slice() -> None:
     page = render_html(report, plots)
     assert "<script" not in page
     assert "&lt;script&gt;" in page
-    without_namespaces = re.sub(
-        r'xmlns(:\w+)?="[^"]+"|<!--.*?-->|<metadata>.*?</metadata>', "", page, flags=re.S
-    )
+    without_namespaces = re.sub(r'xmlns(:\w+)?="[^"]+"|<!--.*?-->|<metadata>.*?</metadata>', "", page, flags=re.S)
     assert not re.search(r'(?:src|href)="(?!#)', without_namespaces)
     for text in (
         "is_a",
