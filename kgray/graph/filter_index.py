@@ -121,9 +121,7 @@ class FilterIndex:
         h, t = self._entity_ids(heads), self._entity_ids(tails)
         return self.by_head_tail.lookup(h * self.num_entities + t)
 
-    def contains(
-        self, heads: npt.ArrayLike, relations: npt.ArrayLike, tails: npt.ArrayLike
-    ) -> npt.NDArray[np.bool_]:
+    def contains(self, heads: npt.ArrayLike, relations: npt.ArrayLike, tails: npt.ArrayLike) -> npt.NDArray[np.bool_]:
         """Whether each of B triples is known, (B,) bool; costs the relations between each pair."""
         wanted = self._relation_ids(relations)
         rows, found = self.relations(heads, tails)
@@ -159,9 +157,7 @@ class FilterIndex:
     def from_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]]) -> FilterIndex:
         """The index :meth:`to_arrays` wrote; arrays are used as they are, no copy. KeyError if one lacks."""
         num_entities, num_relations = arrays["size"].tolist()
-        tails, heads, relations = (
-            KeyedRows(*(arrays[f"{name}.{field}"] for field in _FIELDS)) for name in _TABLES
-        )
+        tails, heads, relations = (KeyedRows(*(arrays[f"{name}.{field}"] for field in _FIELDS)) for name in _TABLES)
         return cls(num_entities, num_relations, tails, heads, relations)
 
     def _entity_ids(self, ids: npt.ArrayLike) -> Ints:
