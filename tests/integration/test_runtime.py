@@ -29,7 +29,7 @@ def python(code: str, *arguments: str, **environment: str) -> subprocess.Complet
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     return subprocess.run(
         [sys.executable, "-c", code, *arguments], cwd=REPO, env=env | environment,
-        capture_output=True, text=True, check=False, timeout=120,
+        capture_output=True, text=True, check=False, timeout=280,
     )  # fmt: skip
 
 
@@ -67,6 +67,7 @@ print("fine")
 """
 
 
+@pytest.mark.slow
 def test_embedded_twice_leaves_no_trace(short_tmp: Path, tmp_path: Path):
     """Two clusters one after the other in one process; no token is left in the home directory, which would
     lock the user's next ``ray start --head``."""
