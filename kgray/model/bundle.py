@@ -52,7 +52,6 @@ def write_bundle(
         "format": FORMAT,
         "model": to_dict(model.config),
         "graph": graph.version,
-        "scale": scorer.scale,
         **info,
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -102,7 +101,7 @@ class Bundle:
         heads, tails = (torch.from_numpy(np.load(folder / f, mmap_mode="c")) for f in ("heads.npy", "tails.npy"))
         relations = torch.from_numpy(np.load(folder / "relations.npy"))
         known = FilterIndex.from_arrays(load_arrays(folder / "known.safetensors"))
-        scorer = StateScorer(heads, tails, relations, info["model"]["decoder"], info["scale"])
+        scorer = StateScorer(heads, tails, relations, info["model"]["decoder"])
         if heads.shape != tails.shape or heads.shape[1] != relations.shape[1]:
             shapes = [list(t.shape) for t in (heads, tails, relations)]
             raise ArtifactError(f"{artifact.uri}: heads, tails and relations do not fit together: {shapes}")

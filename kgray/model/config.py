@@ -92,9 +92,7 @@ class ObjectiveConfig:
         0.1,
         "Weight of predicting the relation of (head, ?, tail) besides the entity (Chen et al. 2021); 0 is off.",
     )
-    n3: float = option(
-        0.0, "Weight of the nuclear 3-norm of the vectors that meet in the decoder (Lacroix et al. 2018)."
-    )
+    n3: float = option(0.0, "Weight of the nuclear 3-norm of structural vectors (Lacroix et al. 2018).")
 
     def __post_init__(self) -> None:
         _fraction("label_smoothing", self.label_smoothing)
@@ -112,13 +110,15 @@ class ModelConfig:
     dim: int = option(256, "Width of entity states and relation vectors.")
     text: TextTowerConfig = option(TextTowerConfig, "Text tower.")
     structure: StructureConfig = option(StructureConfig, "Structural vectors.")
-    fusion: str = option("gated", "How text and structure become one vector: concat, gated, weighted.")
+    fusion: str = option(
+        "gated", "How text and structure become one vector: concat, gated, weighted, late (text alone)."
+    )
     gnn: GnnConfig = option(GnnConfig, "Graph network.")
     decoder: str = option("complex", "How query and candidate meet: complex, distmult.")
-    skip_structure: bool = option(
+    late_structure: bool = option(
         True,
-        "Whether the structural vectors also meet in the decoder as they are, beside the fused state: the score is "
-        "then the sum of a fused and a purely structural one.",
+        "Whether structural vectors also meet in a decoder of their own, with a loss of their own; ranking adds its "
+        "score to the fused one, at a weight found on validation triples.",
     )
     query_hidden: int = option(
         512, "Width of the hidden layer that makes a state the head of a query; 0 uses the state as it is."

@@ -7,6 +7,7 @@ query (Lacroix et al. 2018).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from kgray.graph.sampler import Block
 from kgray.model.config import ModelConfig
-from kgray.model.decoders import DECODERS
+from kgray.model.decoders import DECODERS, Decoder
 from kgray.model.fusion import FUSIONS
 from kgray.model.gnn import GraphNetwork
 from kgray.model.towers import FrozenText, StructuralTable
@@ -55,26 +56,40 @@ class Neighbourhood:
 
 
 class States(NamedTuple):
-    """What an entity is as the head of a query and as a candidate tail; both (n, w)."""
+    """What an entity is as the head of a query and as a candidate tail; both (n, d)."""
 
     head: Tensor
     tail: Tensor
 
 
-class StructuralSkip(nn.Module):
-    """Relation vectors by which structural vectors meet on their own (late fusion inside one decoder)."""
+class View(nn.Module):
+    """A decoder with relation vectors and a scale of its own, over one kind of states.
 
-    def __init__(self, num_relations: int, dim: int) -> None:
+    text: (2R, width) stored vectors of relation texts, or None.
+    """
+
+    def __init__(self, decoder: Decoder, num_relations: int, dim: int, text: FrozenText | None) -> None:
         super().__init__()
-        self.relations = nn.Embedding(num_relations, dim)
+        self.decoder = decoder
+        self.num_relations = num_relations
+        self.text = text
+        self.relations = nn.Embedding(2 * num_relations, dim)
         nn.init.normal_(self.relations.weight, std=0.5)
+        # Scores start on the scale of one: d terms of order one are summed.
+        self.log_scale = nn.Parameter(torch.tensor(-0.5 * math.log(dim)))
 
+    def vectors(self) -> Tensor:
+        """(2R, d) vectors of real and reciprocal relations."""
+        own = self.relations.weight
+        return own if self.text is None else own + self.text.project(self.text.vectors.to(own.dtype))
 
-def join(a: Tensor, b: Tensor) -> Tensor:
-    """Two (n, d) as one (n, 2d) whose score is the sum of theirs: halves are joined with halves, so that a decoder
-    that reads real and imaginary parts finds them where it looks."""
-    (a_re, a_im), (b_re, b_im) = a.chunk(2, dim=-1), b.chunk(2, dim=-1)
-    return torch.cat([a_re, b_re, a_im, b_im], dim=-1)
+    def query(self, heads: Tensor, relations: Tensor) -> Tensor:
+        """(q, d) head states, (q, d) relation vectors -> (q, d); inner products with tail states are scores."""
+        return self.decoder.query(heads, relations) * self.log_scale.exp()
+
+    def relation_scores(self, heads: Tensor, tails: Tensor, relations: Tensor) -> Tensor:
+        """(q, d) head and tail states, (k, d) relation vectors -> (q, k) scores of the triples."""
+        return (self.decoder.relation_query(heads, tails) * self.log_scale.exp()) @ relations.T
 
 
 class FusedModel(nn.Module):
@@ -83,7 +98,13 @@ class FusedModel(nn.Module):
     entity_text: (N, width) stored text vectors, or None where config.text.kind is "none".
     relation_text: (2R, width), or None.
     has_edges: (N,) bool, whether an entity has a training triple.
+
+    Two views of an entity can meet in decoders of their own: the fused state H, and the structural vector alone. Each
+    has its own loss, because a table of vectors learns the training triples by heart within a few epochs and would
+    leave text and neighbours nothing to learn; ranking adds the two scores, ``structure_weight`` times the second.
     """
+
+    structure_weight: Tensor
 
     def __init__(
         self,
@@ -97,14 +118,11 @@ class FusedModel(nn.Module):
         self.config = config
         self.num_relations = num_relations
         dim = config.dim
-        self.decoder = DECODERS.get(config.decoder)()
         self.text: FrozenText | None = None
-        self.relation_text: FrozenText | None = None
         if config.text.kind == "frozen":
             if entity_text is None or relation_text is None:
                 raise ValueError("a text tower needs text vectors of entities and relations")
             self.text = FrozenText(config.text, entity_text, dim)
-            self.relation_text = FrozenText(config.text, relation_text, dim)
         self.structure: StructuralTable | None = None
         if config.structure.kind == "embedding":
             self.structure = StructuralTable(config.structure, has_edges, dim, sparse=True)
@@ -112,11 +130,12 @@ class FusedModel(nn.Module):
             self.fusion: nn.Module | None = FUSIONS.get(config.fusion)(dim)
         else:
             self.fusion = None
-        self.relations = nn.Embedding(2 * num_relations, dim)
-        nn.init.normal_(self.relations.weight, std=0.5)
-        self.skip: StructuralSkip | None = None
-        if config.skip_structure and self.structure is not None:
-            self.skip = StructuralSkip(2 * num_relations, dim)
+        decoder = DECODERS.get(config.decoder)()
+        self.fused_view = View(decoder, num_relations, dim, self._relation_tower(relation_text))
+        self.structure_view: View | None = None
+        if config.late_structure and self.structure is not None:
+            self.structure_view = View(decoder, num_relations, dim, None)
+        self.register_buffer("structure_weight", torch.tensor(0.5))
         self.to_query: nn.Module | None = None
         if config.query_hidden:
             self.to_query = nn.Sequential(
@@ -127,13 +146,17 @@ class FusedModel(nn.Module):
             self.gnn = GraphNetwork(config.gnn, dim, 2 * num_relations)
         self.message_relations: nn.Embedding | None = None
         if self.gnn is not None and self.gnn.reads_relations:
-            # Relations speak differently in a message than in a query: a vector of their own, text shared.
+            # Relations speak differently in a message than in a query: vectors of their own.
             self.message_relations = nn.Embedding(2 * num_relations, dim)
             nn.init.normal_(self.message_relations.weight, std=0.5)
+            self.message_text = self._relation_tower(relation_text)
         self.norm = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(config.dropout)
-        # Scores start on the scale of one: d terms of order one are summed.
-        self.log_scale = nn.Parameter(torch.tensor(-0.5 * torch.log(torch.tensor(float(dim))).item()))
+
+    def _relation_tower(self, relation_text: Tensor | None) -> FrozenText | None:
+        if self.text is None or relation_text is None:
+            return None
+        return FrozenText(self.config.text, relation_text, self.config.dim)
 
     def fuse(self, nodes: Tensor, structure: tuple[Tensor, Tensor] | None) -> Tensor:
         """S: (n,) ids and their structural vectors -> (n, d)."""
@@ -145,37 +168,23 @@ class FusedModel(nn.Module):
             return vectors
         return self.fusion(text, vectors, has)  # type: ignore[no-any-return]
 
-    def encode(self, neighbourhood: Neighbourhood) -> States:
-        """States of the seeds, (u, w) in each of their two parts; w = d, or 2d with the structural skip."""
+    def encode(self, neighbourhood: Neighbourhood) -> list[tuple[View, States]]:
+        """The views of the u seeds: the fused one, and the structural one where there is one; states (u, d)."""
         structure = None if self.structure is None else self.structure(neighbourhood.nodes)
         x = self.fuse(neighbourhood.nodes, structure)
         if self.gnn is not None:
             x = self.gnn(x, neighbourhood.hops, self.message_vectors())
         x = self.dropout(self.norm(x))
-        head = x if self.to_query is None else x + self.to_query(x)
-        if self.skip is None or structure is None:
-            return States(head, x)
-        own = self.dropout(structure[0][: len(x)])
-        return States(join(head, own), join(x, own))
-
-    def _with_text(self, own: Tensor) -> Tensor:
-        if self.relation_text is None:
-            return own
-        return own + self.relation_text.project(self.relation_text.vectors.to(own.dtype))
-
-    def relation_vectors(self) -> Tensor:
-        """(2R, w) vectors of real and reciprocal relations in the decoder."""
-        own = self._with_text(self.relations.weight)
-        return own if self.skip is None else join(own, self.skip.relations.weight)
+        views = [(self.fused_view, States(x if self.to_query is None else x + self.to_query(x), x))]
+        if self.structure_view is not None and structure is not None:
+            own = self.dropout(structure[0][: len(x)])
+            views.append((self.structure_view, States(own, own)))
+        return views
 
     def message_vectors(self) -> Tensor | None:
         """(2R, d) vectors of relations in messages, or None where messages have no use for them."""
-        return None if self.message_relations is None else self._with_text(self.message_relations.weight)
-
-    def query(self, heads: Tensor, relations: Tensor) -> Tensor:
-        """(q, w) head states, (q, w) relation vectors -> (q, w); inner products with tail states are scores."""
-        return self.decoder.query(heads, relations) * self.log_scale.exp()
-
-    def relation_scores(self, heads: Tensor, tails: Tensor, relations: Tensor) -> Tensor:
-        """(q, w) head and tail states, (k, w) relation vectors -> (q, k) scores of the triples."""
-        return (self.decoder.relation_query(heads, tails) * self.log_scale.exp()) @ relations.T
+        if self.message_relations is None:
+            return None
+        own = self.message_relations.weight
+        text = self.message_text
+        return own if text is None else own + text.project(text.vectors.to(own.dtype))

@@ -40,6 +40,17 @@ class WeightedFusion(nn.Module):
         return torch.where(has_structure, weight * text + (1 - weight) * structure, text)
 
 
+@FUSIONS.register("late")
+class LateFusion(nn.Module):
+    """The text alone: structure then speaks through neighbours and through the decoder of its own."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+
+    def forward(self, text: Tensor, structure: Tensor, has_structure: Tensor) -> Tensor:
+        return text
+
+
 @FUSIONS.register("concat")
 class ConcatFusion(nn.Module):
     """A linear map of both, added to the text vector."""

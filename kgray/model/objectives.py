@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kgray.model.config import ObjectiveConfig
-from kgray.model.fused import FusedModel, Neighbourhood
+from kgray.model.fused import FusedModel, Neighbourhood, View
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,23 +43,27 @@ class Batch:
 
 
 def batch_loss(model: FusedModel, batch: Batch, config: ObjectiveConfig) -> tuple[Tensor, dict[str, Tensor]]:
-    """The mean loss over the batch's queries, and its parts for the log."""
-    states = model.encode(batch.neighbourhood)
-    vectors = model.relation_vectors()
-    heads, tails, relations = states.head[batch.head], states.tail[batch.tail], vectors[batch.relation]
-    scores = (model.dropout(model.query(heads, relations)) @ states.tail.T).float()
-    entity = entity_loss(scores, batch, config.label_smoothing)
-    loss, parts = entity, {"entity": entity.detach()}
-    if config.relation_weight:
-        relation = relation_loss(model, heads, tails, vectors, batch.relation)
-        loss = loss + config.relation_weight * relation
-        parts["relation"] = relation.detach()
-    if config.n3:
-        cubes = [model.decoder.moduli(v.float()).pow(3).sum() for v in (heads, relations, tails)]
-        n3 = torch.stack(cubes).sum() / len(heads)
-        loss = loss + config.n3 * n3
-        parts["n3"] = n3.detach()
-    return loss, parts
+    """The mean loss over the batch's queries, summed over the model's views, and its parts for the log."""
+    views = model.encode(batch.neighbourhood)
+    total = torch.zeros((), device=batch.head.device)
+    parts: dict[str, Tensor] = {}
+    for name, (view, states) in zip(("fused", "structure"), views, strict=False):
+        vectors = view.vectors()
+        heads, tails, relations = states.head[batch.head], states.tail[batch.tail], vectors[batch.relation]
+        scores = (model.dropout(view.query(heads, relations)) @ states.tail.T).float()
+        parts[name] = entity_loss(scores, batch, config.label_smoothing)
+        if config.relation_weight:
+            parts[f"{name}.relation"] = config.relation_weight * relation_loss(
+                view, heads, tails, vectors, batch.relation
+            )
+    if config.n3 and model.structure is not None:
+        _, states = views[-1]
+        own = [states.head[batch.head], states.tail[batch.tail]]
+        cubes = [views[-1][0].decoder.moduli(v.float()).pow(3).sum() for v in own]
+        parts["n3"] = config.n3 * torch.stack(cubes).sum() / len(batch.head)
+    for part in parts.values():
+        total = total + part
+    return total, {name: part.detach() for name, part in parts.items()}
 
 
 def entity_loss(scores: Tensor, batch: Batch, label_smoothing: float) -> Tensor:
@@ -80,9 +84,9 @@ def entity_loss(scores: Tensor, batch: Batch, label_smoothing: float) -> Tensor:
     return -((1 - label_smoothing) * gold + label_smoothing * spread).mean()
 
 
-def relation_loss(model: FusedModel, heads: Tensor, tails: Tensor, vectors: Tensor, relation: Tensor) -> Tensor:
+def relation_loss(view: View, heads: Tensor, tails: Tensor, vectors: Tensor, relation: Tensor) -> Tensor:
     """Cross-entropy of the relation of each pair among those of its direction (Chen et al. 2021)."""
-    scores = model.relation_scores(heads, tails, vectors).float()
-    reciprocal = torch.arange(len(vectors), device=scores.device) >= model.num_relations
-    other_way = reciprocal[None, :] != (relation >= model.num_relations)[:, None]
+    scores = view.relation_scores(heads, tails, vectors).float()
+    reciprocal = torch.arange(len(vectors), device=scores.device) >= view.num_relations
+    other_way = reciprocal[None, :] != (relation >= view.num_relations)[:, None]
     return F.cross_entropy(scores.masked_fill(other_way, float("-inf")), relation)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from kgray.graph.neighbours import NeighbourIndex
 from kgray.graph.sampler import NeighbourSampler, step_generator
 from kgray.model.decoders import DECODERS
-from kgray.model.fused import FusedModel, Neighbourhood, States
+from kgray.model.fused import FusedModel, Neighbourhood, States, View
 
 INFERENCE_SEED = 0
 """Hubs with more neighbours than the inference fan-out are sampled once, the same for every run."""
@@ -26,12 +27,11 @@ class StateScorer:
     both directions, as neither direction is the better one (a reciprocal model has no single triple score).
     """
 
-    def __init__(self, heads: Tensor, tails: Tensor, relations: Tensor, decoder: str, scale: float) -> None:
+    def __init__(self, heads: Tensor, tails: Tensor, relations: Tensor, decoder: str) -> None:
         self.heads = heads
         self.tails = tails
         self.relations = relations
         self.decoder = DECODERS.get(decoder)()
-        self.scale = scale
 
     @property
     def num_entities(self) -> int:
@@ -42,7 +42,7 @@ class StateScorer:
         return len(self.relations) // 2
 
     def _query(self, entities: Tensor, relations: Tensor) -> Tensor:
-        return self.decoder.query(self.heads[entities], self.relations[relations]) * self.scale
+        return self.decoder.query(self.heads[entities], self.relations[relations])
 
     def score_tails(self, heads: Tensor, relations: Tensor) -> Tensor:
         """(B,) int64 x 2 -> (B, N)."""
@@ -57,7 +57,7 @@ class StateScorer:
         forward = self.decoder.relation_query(self.heads[heads], self.tails[tails])
         backward = self.decoder.relation_query(self.heads[tails], self.tails[heads])
         r = self.num_relations
-        return (forward @ self.relations[:r].T + backward @ self.relations[r:].T) * (0.5 * self.scale)
+        return (forward @ self.relations[:r].T + backward @ self.relations[r:].T) * 0.5
 
     def score_triples(self, heads: Tensor, relations: Tensor, tails: Tensor) -> Tensor:
         """(B,) int64 x 3 -> (B,)."""
@@ -66,25 +66,54 @@ class StateScorer:
         return 0.5 * (forward + backward)
 
 
-def scorer_of(model: FusedModel, index: NeighbourIndex, *, batch_size: int = 4096) -> StateScorer:
-    """States of all entities under the model as it is, over the message graph ``index``; dropout off."""
+@dataclass(frozen=True)
+class EncodedViews:
+    """Every entity under every view of a model; lists have one (N, d) or (2R, d) float32 tensor a view."""
+
+    heads: list[Tensor]
+    tails: list[Tensor]
+    relations: list[Tensor]
+    decoder: str
+
+    def scorer(self, structure_weight: float) -> StateScorer:
+        """Scores of the fused view plus ``structure_weight`` times those of the structural one, where there is one."""
+        weights = [1.0, structure_weight]
+        relations = [vectors * weight for vectors, weight in zip(self.relations, weights, strict=False)]
+        return StateScorer(join(self.heads), join(self.tails), join(relations), self.decoder)
+
+
+def encode_all(model: FusedModel, index: NeighbourIndex, *, batch_size: int = 4096) -> EncodedViews:
+    """All entities under the model as it is, over the message graph ``index``; dropout off."""
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             parts = list(_states(model, index, batch_size))
-            heads = torch.cat([part.head for part in parts]).float()
-            tails = torch.cat([part.tail for part in parts]).float()
-            relations = model.relation_vectors().float()
-            scale = float(model.log_scale.exp())
+            views = range(len(parts[0]))
+            return EncodedViews(
+                heads=[torch.cat([part[i][1].head for part in parts]).float() for i in views],
+                tails=[torch.cat([part[i][1].tail for part in parts]).float() for i in views],
+                relations=[view.vectors().float() * view.log_scale.exp() for view, _ in parts[0]],
+                decoder=model.config.decoder,
+            )
     finally:
         model.train(was_training)
-    # Leaving inference mode for good: the scorer's tensors meet ordinary ones.
-    return StateScorer(heads.clone(), tails.clone(), relations.clone(), model.config.decoder, scale)
 
 
-def _states(model: FusedModel, index: NeighbourIndex, batch_size: int) -> Iterator[States]:
-    device = model.log_scale.device
+def scorer_of(model: FusedModel, index: NeighbourIndex) -> StateScorer:
+    """The model as it is, ready to rank."""
+    return encode_all(model, index).scorer(float(model.structure_weight))
+
+
+def join(parts: Sequence[Tensor]) -> Tensor:
+    """Vectors (n, d) of several views as one (n, views * d) whose score is the sum of theirs: first halves go with
+    first halves, so that a decoder that reads real and imaginary parts finds them where it looks."""
+    halves = [part.chunk(2, dim=-1) for part in parts]
+    return torch.cat([first for first, _ in halves] + [second for _, second in halves], dim=-1)
+
+
+def _states(model: FusedModel, index: NeighbourIndex, batch_size: int) -> Iterator[list[tuple[View, States]]]:
+    device = model.structure_weight.device
     sampler = NeighbourSampler(index, model.config.gnn.inference_fanouts) if model.gnn is not None else None
     for start in range(0, index.num_entities, batch_size):
         seeds = np.arange(start, min(start + batch_size, index.num_entities))

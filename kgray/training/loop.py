@@ -26,7 +26,7 @@ from kgray.graph.neighbours import Int64
 from kgray.model.config import ModelConfig
 from kgray.model.fused import FusedModel
 from kgray.model.objectives import batch_loss
-from kgray.model.states import StateScorer, scorer_of
+from kgray.model.states import EncodedViews, StateScorer, encode_all, scorer_of
 from kgray.precision import computes_bfloat16
 from kgray.text.vectors import Vectors
 from kgray.training.batches import BatchMaker
@@ -38,6 +38,7 @@ from kgray.training.worker import Worker
 METRIC = "valid.both.realistic.filtered.full.mrr"
 CHECK_STEPS = 20
 LOG_SECONDS = 15.0
+STRUCTURE_WEIGHTS = (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5)
 
 
 @dataclass(frozen=True)
@@ -205,16 +206,19 @@ class Trainer:
 
     def _validate(self) -> dict[str, float]:
         at = self.position
-        scorer = scorer_of(self.model, self.index)
-        counts = rank_triples(scorer, self.valid, self.known, split="valid", tasks=("tail", "head"))
-        whole = merge(self.worker.gather(counts))
-        metrics = {k: float(v) for k, v in whole.metrics().items() if ".both." in k}
+        metrics = self._rank(scorer_of(self.model, self.index))
         if metrics[METRIC] > at.best:
             at.best, at.best_epoch, at.stale = metrics[METRIC], at.epoch, 0
             at.best_weights = {k: v.detach().cpu().clone() for k, v in self.model.state_dict().items()}
         else:
             at.stale += 1
         return metrics
+
+    def _rank(self, scorer: StateScorer) -> dict[str, float]:
+        """Validation metrics over all workers' shares."""
+        counts = rank_triples(scorer, self.valid, self.known, split="valid", tasks=("tail", "head"))
+        whole = merge(self.worker.gather(counts))
+        return {k: float(v) for k, v in whole.metrics().items() if ".both." in k}
 
     def _tell(self, row: Mapping[str, float], seconds: float) -> None:
         at = self.position
@@ -249,7 +253,22 @@ class Trainer:
             at.best,
         )
         self.model.eval()
-        return Fit(self.model, scorer_of(self.model, self.index), at.history, at.best_epoch, at.best)
+        encoded = encode_all(self.model, self.index)
+        best = self._weigh_views(encoded) if len(encoded.heads) > 1 else at.best
+        scorer = encoded.scorer(float(self.model.structure_weight))
+        return Fit(self.model, scorer, at.history, at.best_epoch, best)
+
+    def _weigh_views(self, encoded: EncodedViews) -> float:
+        """Set the weight of the structural view to the one that ranks the validation triples best; their MRR.
+
+        The structural view is surer of the training triples than of any other, so its weight cannot be learned there.
+        """
+        tried = {weight: self._rank(encoded.scorer(weight))[METRIC] for weight in STRUCTURE_WEIGHTS}
+        weight = max(tried, key=lambda w: tried[w])
+        self.model.structure_weight.fill_(weight)
+        curve = ", ".join(f"{w:g}: {mrr:.4f}" for w, mrr in tried.items())
+        self.worker.say("weight of the structural view %g (validation MRR by weight: %s)", weight, curve)
+        return tried[weight]
 
 
 _NOT_IDENTITY = ("workers", "device", "cpus_per_worker", "max_failures", "checkpoint_steps")

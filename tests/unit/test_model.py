@@ -25,11 +25,11 @@ from kgray.graph.graph import SPLITS, Graph
 from kgray.model.bundle import Bundle, write_bundle
 from kgray.model.config import GnnConfig, ModelConfig, StructureConfig, TextTowerConfig, ablation
 from kgray.model.decoders import DECODERS
-from kgray.model.fused import FusedModel, join
+from kgray.model.fused import FusedModel
 from kgray.model.fusion import FUSIONS
 from kgray.model.gnn import GNNS
 from kgray.model.objectives import Batch, batch_loss, entity_loss
-from kgray.model.states import StateScorer, scorer_of
+from kgray.model.states import StateScorer, encode_all, join, scorer_of
 from kgray.training.batches import BatchMaker
 from kgray.training.loop import build_model
 
@@ -56,14 +56,14 @@ def test_decoder_algebra_equals_the_formula(name: str) -> None:
     torch.testing.assert_close((decoder.query(h, r) * t).sum(1), slow)
     torch.testing.assert_close((decoder.relation_query(h, t) * r).sum(1), slow)
     # Joined vectors score the sum of their parts.
-    joined = (decoder.query(join(h, t), join(r, h)) * join(t, r)).sum(1)
+    joined = (decoder.query(join([h, t]), join([r, h])) * join([t, r])).sum(1)
     other = torch.tensor([slow_score(name, *row) for row in zip(t, h, r, strict=True)], dtype=torch.float64)
     torch.testing.assert_close(joined, slow + other)
 
 
 def test_scorer_directions_agree_with_single_triples() -> None:
     torch.manual_seed(1)
-    scorer = StateScorer(torch.randn(9, 4), torch.randn(9, 4), torch.randn(6, 4), "complex", 0.7)
+    scorer = StateScorer(torch.randn(9, 4), torch.randn(9, 4), torch.randn(6, 4), "complex")
     h, r, t = torch.tensor([0, 3, 8]), torch.tensor([0, 2, 1]), torch.tensor([5, 3, 0])
     forward = scorer.score_tails(h, r).gather(1, t[:, None]).squeeze(1)
     backward = scorer.score_heads(r, t).gather(1, h[:, None]).squeeze(1)
@@ -80,7 +80,8 @@ def test_every_slot_trains(kind: str, fusion: str) -> None:
     model = build_model(data, vectors(), config, seed=0)
     loss, parts = batch_loss(model, batches(config, data).make(0, 0), config.objective)
     loss.backward()  # type: ignore[no-untyped-call]
-    assert torch.isfinite(loss) and set(parts) == {"entity", "relation"}
+    assert torch.isfinite(loss)
+    assert set(parts) == {"fused", "fused.relation", "structure", "structure.relation"}
     silent = [n for n, p in model.named_parameters() if p.grad is None]
     assert not silent, "parameters that no loss reaches"
 
@@ -104,7 +105,7 @@ def test_an_unknown_part_is_answered_with_the_known_ones(key: str, config: Model
 
 
 def test_contradictory_settings_are_refused() -> None:
-    with pytest.raises(ConfigError, match="structure.kind"):
+    with pytest.raises(ConfigError, match=r"structure\.kind"):
         replace(SMALL, text=TextTowerConfig(kind="none"), structure=StructureConfig(kind="none"))
     with pytest.raises(ConfigError, match="inference_fanouts"):
         GnnConfig(fanouts=(3, 2))
@@ -117,7 +118,19 @@ def test_ablations_remove_one_side_each() -> None:
     text = build_model(data, vectors(), ablation(SMALL, "text_only"), seed=0)
     structure = build_model(data, None, ablation(SMALL, "graph_only"), seed=0)
     assert text.structure is None and text.gnn is None and text.text is not None
-    assert structure.text is None and structure.relation_text is None and structure.gnn is not None
+    assert structure.text is None and structure.fused_view.text is None and structure.gnn is not None
+
+
+def test_views_add_up_at_their_weight() -> None:
+    data = graph()
+    model = build_model(data, vectors(), SMALL, seed=0)
+    encoded = encode_all(model, data.message_index())
+    h, r, _ = (torch.from_numpy(c.copy()) for c in data.triples["test"].T)
+    fused, half, whole = (encoded.scorer(w).score_tails(h, r) for w in (0.0, 0.5, 1.0))
+    structural = StateScorer(encoded.heads[1], encoded.tails[1], encoded.relations[1], "complex").score_tails(h, r)
+    torch.testing.assert_close(whole, fused + structural)
+    torch.testing.assert_close(half, fused + 0.5 * structural)
+    assert not torch.allclose(fused, whole)
 
 
 def test_configuration_survives_its_way_through_json() -> None:

@@ -131,7 +131,7 @@ def test_accumulated_steps_give_the_gradient_of_one_large_step() -> None:
         for step in range(steps):
             loss, _ = batch_loss(trainer.model, trainer.batches.make(0, step), model.objective)
             (loss / steps).backward()  # type: ignore[no-untyped-call]
-        gradients.append(trainer.model.relations.weight.grad.clone())  # type: ignore[union-attr]
+        gradients.append(trainer.model.fused_view.relations.weight.grad.clone())  # type: ignore[union-attr]
     torch.testing.assert_close(*gradients)
 
 
