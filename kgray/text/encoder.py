@@ -9,17 +9,16 @@ threads that wait for each other at every product lose much on a busy machine).
 from __future__ import annotations
 
 import logging
-import platform
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kgray.errors import ConfigError, EncoderError
+from kgray.precision import computes_bfloat16
 from kgray.text.config import Pooling, Precision
 from kgray.text.places import EncoderPlace, find_encoder
 
@@ -45,22 +44,7 @@ def resolve_precision(precision: Precision, device: str = "cpu") -> Literal["flo
         return precision
     if device == "cuda":
         return "bfloat16"
-    return "bfloat16" if _cpu_has_bfloat16() else "float32"
-
-
-def _cpu_has_bfloat16() -> bool:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False
-    flags = {
-        word
-        for line in text.splitlines()
-        if line.lower().startswith(("flags", "features"))
-        for word in line.split()
-    }
-    arm = platform.machine() in ("aarch64", "arm64") and "bf16" in flags
-    return arm or bool(flags & {"avx512_bf16", "amx_bf16"})
+    return "bfloat16" if computes_bfloat16() else "float32"
 
 
 def plan_batches(lengths: Sequence[int] | NDArray[np.int64], budget: int) -> list[NDArray[np.int64]]:

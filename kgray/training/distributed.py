@@ -68,11 +68,10 @@ def train(
     Raises TrainingError for a loss that is not finite or a cluster too small, ConfigError for a model that does not
     fit the data, and Ray's TrainingFailedError when workers fail more than ``train.max_failures`` times.
     """
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig
+    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig
     from ray.train.torch import TorchTrainer
 
     recipe = train_recipe(store, model, train, graph, vectors)
-    # Adagrad and the schedule are this run's own; the path must not depend on who resumes it.
     place = store.scratch(_RUNS)
     filesystem, path = (None, place) if is_local(place) else resolve(place)
     info = {"train": to_dict(train), "vectors": None if vectors is None else vectors.version}
@@ -87,6 +86,7 @@ def train(
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=train.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
+            logging_config=LoggingConfig("WARNING"),
             callbacks=[] if on_metrics is None else [_reporter(on_metrics)],
         ),
     )
@@ -215,3 +215,4 @@ def _set_up_process() -> None:
         handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s", "%H:%M:%S"))
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
+        logger.propagate = False  # Ray's own handler would say every line twice
