@@ -261,7 +261,8 @@ def _run(config: ServeConfig, arguments: dict[str, Any], deadline: float) -> Non
         if status.status in ("DEPLOY_FAILED", "UNHEALTHY"):
             raise DeployError(f"Serve could not start model {arguments['model']}: {why}")
         if time.monotonic() > deadline:
-            raise DeployError(f"the deployment is still {status.status.value} after {config.startup_timeout_s:g} s; {why}")
+            state = status.status.value
+            raise DeployError(f"the deployment is still {state} after {config.startup_timeout_s:g} s; {why}")
         time.sleep(0.2)
 
 
