@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ class Worker:
     """
 
     def __init__(self, device: str = "auto") -> None:
+        # oneDNN keeps a compiled kernel for each shape it has met, and sampled blocks have a new shape every step: its
+        # default of 1,024 grew a worker by gigabytes an hour. Read by oneDNN at its first product.
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
         kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         self.device = torch.device(kind)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
