@@ -129,7 +129,7 @@ def _watch(name: str, references: Sequence[Any]) -> None:
         if waiting and now - told >= REPORT_EVERY_S:
             told = now
             count = len(references) - len(waiting)
-            left = (now - begun) / count * len(waiting) if count else float("nan")
-            log.info("%s: %d of %d tasks, about %.0f s left", name, count, len(references), left)
+            left = f", about {(now - begun) / count * len(waiting):.0f} s left" if count else ""
+            log.info("%s: %d of %d tasks%s", name, count, len(references), left)
         if not done and not waiting:
             break

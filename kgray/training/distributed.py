@@ -182,7 +182,7 @@ def _write(job: Job, graph: Any, done: Any) -> dict[str, Any]:
 
     info = {
         **job.info,
-        "metric": {METRIC: done.best},
+        "metrics": {METRIC: done.best},
         "best_epoch": done.best_epoch,
         "epochs": len(done.history),
     }

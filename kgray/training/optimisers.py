@@ -31,6 +31,8 @@ class Optimisers:
             )
         ]
         if self.tables:
+            # torch warns until somebody decides; gradients of an embedding are well-formed by construction.
+            torch.sparse.check_sparse_tensor_invariants.disable()
             self._optimisers.append((torch.optim.Adagrad(self.tables, lr=config.table_lr), config.table_lr))
 
     def factor(self, update: int) -> float:
