@@ -32,7 +32,7 @@ class Optimisers:
         ]
         if self.tables:
             # torch warns until somebody decides; gradients of an embedding are well-formed by construction.
-            torch.sparse.check_sparse_tensor_invariants.disable()
+            torch.sparse.check_sparse_tensor_invariants.disable()  # type: ignore[no-untyped-call]
             self._optimisers.append((torch.optim.Adagrad(self.tables, lr=config.table_lr), config.table_lr))
 
     def factor(self, update: int) -> float:
