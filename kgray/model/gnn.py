@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch_geometric.nn import GATv2Conv, GINConv, GraphConv, RGCNConv, SAGEConv, TransformerConv
 from torch_geometric.utils import degree
@@ -43,7 +44,9 @@ class ComposedConv(nn.Module):
         self.normalised = normalised
 
     def forward(self, x: Tensor, targets: int, source: Tensor, target: Tensor, relation: Tensor, z: Tensor) -> Tensor:
-        neighbours, relations = x[source], z[relation]
+        # Not x[source]: the gradient of plain indexing is added up in whatever order threads come, and a resumed run
+        # would not end with the same bits; an embedding's is added up in order, and faster.
+        neighbours, relations = F.embedding(source, x), F.embedding(relation, z)
         if self.composition == "multiply":
             messages = neighbours * relations
         elif self.composition == "subtract":

@@ -49,7 +49,10 @@ def batch_loss(model: FusedModel, batch: Batch, config: ObjectiveConfig) -> tupl
     parts: dict[str, Tensor] = {}
     for name, (view, states) in zip(("fused", "structure"), views, strict=False):
         vectors = view.vectors()
-        heads, tails, relations = states.head[batch.head], states.tail[batch.tail], vectors[batch.relation]
+        # Rows by F.embedding, not by indexing: see ComposedConv.
+        heads = F.embedding(batch.head, states.head)
+        tails = F.embedding(batch.tail, states.tail)
+        relations = F.embedding(batch.relation, vectors)
         scores = (model.dropout(view.query(heads, relations)) @ states.tail.T).float()
         parts[name] = entity_loss(scores, batch, config.label_smoothing)
         if config.relation_weight:

@@ -84,11 +84,11 @@ def train_workers(driver: subprocess.Popen[str]) -> list[psutil.Process]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_killed_worker_then_killed_driver_end_with_the_same_bits(tmp_path: Path, umls: Path) -> None:
-    calm = write_config(tmp_path / "calm", umls, epochs=16)
+    calm = write_config(tmp_path / "calm", umls, epochs=8)
     undisturbed = finish(calm)
     version = str(undisturbed["version"])
 
-    rough = write_config(tmp_path / "rough", umls, epochs=16)
+    rough = write_config(tmp_path / "rough", umls, epochs=8)
     log = (tmp_path / "rough.log").open("w")
     driver = subprocess.Popen(command(rough), cwd=REPO, stdout=log, stderr=log, text=True)
     try:

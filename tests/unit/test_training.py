@@ -219,3 +219,20 @@ def test_two_workers_stay_equal_and_average_their_gradients(tmp_path: Path) -> N
     dense, table = torch.load(tmp_path / "grad0.pt")
     assert dense.tolist() == [1.5] * 3
     assert table[:, 0].tolist() == [0.5, 1.0, 0.0, 1.5, 0.0]
+
+
+@pytest.mark.parametrize("kind", ["attention", "rgcn"])
+def test_several_threads_add_up_in_the_same_order(kind: str) -> None:
+    """On a graph large enough for torch to share its rows out over threads."""
+    generator = np.random.default_rng(0)
+    facts = generator.integers(0, [400, 5, 400], (3000, 3))
+    data = Graph.from_arrays({"train": facts[200:], "valid": facts[:200]}, 400, 5)
+    model = replace(ONE_VS_ALL, dim=32, text=replace(SMALL.text, kind="none"), gnn=replace(SMALL.gnn, kind=kind))
+    config = replace(TRAIN, epochs=1, batch_size=256)
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        runs = [fit(data, None, model, config) for _ in range(3)]
+    finally:
+        torch.set_num_threads(before)
+    assert same(runs[0], runs[1]) and same(runs[0], runs[2])
