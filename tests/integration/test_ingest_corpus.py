@@ -109,6 +109,7 @@ def test_version_follows_the_names_of_plain_texts(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow  # needs the shared data, which the README's two commands do without
 def test_cranfield(tmp_path: Path, data_root: Path) -> None:
     counts, rows = run(tmp_path / "corpus", documents=str(data_root / "cranfield" / "documents.jsonl.gz"))
     assert counts["documents"] == 1400

@@ -124,6 +124,7 @@ def measure(name: str, splits: dict[str, np.ndarray], n: int, r: int, tasks: tup
     return rank_triples(BASELINES[name].scorer(splits["train"], n, r), splits["test"], known, split="test", tasks=tasks)
 
 
+@pytest.mark.slow  # needs the shared data, which the README's two commands do without
 def test_real_data_gives_the_numbers_measured_independently(data_root: Path) -> None:
     """sota.md 1.7 and 4: majority relation and frequency baseline exactly; of the others, lower bounds."""
     splits, n, r = load(data_root / "fb15k-237")
