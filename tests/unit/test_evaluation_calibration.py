@@ -48,7 +48,7 @@ def fitted(seed: int, count: int, *, alpha: float = 0.1, group: int = 200, facto
     return fit_task(ordered, weight, relations, RELATIONS, alpha=alpha, group=group, inverse_temperature=b)
 
 
-def measured(task: TaskCalibration, seed: int, count: int = 4000, *, alpha: float = 0.1) -> Reliability:
+def measured(task: TaskCalibration, seed: int, count: int = 20_000, *, alpha: float = 0.1) -> Reliability:
     scores, gold = overconfident(seed, count)
     found = Reliability()
     out = torch.zeros(count, WIDTH, dtype=torch.bool)
@@ -80,7 +80,7 @@ def test_the_quantile_promises_no_more_than_it_can() -> None:
     that means every candidate."""
     draw = np.random.default_rng(0)
     reached = [draw.normal() >= conformal_quantile(draw.normal(size=19), 0.1) for _ in range(4000)]
-    assert 0.9 <= np.mean(reached) + 0.01 and np.mean(reached) < 0.92
+    assert 0.89 <= float(np.mean(reached)) < 0.92
     assert conformal_quantile(np.zeros(8), 0.1) == -math.inf
     assert conformal_quantile(np.arange(9.0), 0.1) == 0.0
     values = np.concatenate([np.full(300, 5.0), np.arange(40.0), np.arange(40.0)])
@@ -101,7 +101,9 @@ def test_isotonic_regression_against_the_obvious_one() -> None:
     order = np.argsort(p)
     y, n = right[order], len(p)
     sums = np.concatenate([[0], np.cumsum(y)])
-    means = np.array([[(sums[j + 1] - sums[i]) / (j + 1 - i) if j >= i else np.inf for j in range(n)] for i in range(n)])
+    means = np.full((n, n), np.inf)
+    for i in range(n):
+        means[i, i:] = (sums[i + 1 :] - sums[i]) / np.arange(1, n - i + 1)
     obvious = np.maximum.accumulate(means.min(axis=1))
     # Blocks hold one pseudo-observation more, and values between them are interpolated.
     assert np.abs(found(p[order]) - obvious).mean() < 0.05
