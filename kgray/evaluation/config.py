@@ -14,7 +14,7 @@ class EnsembleConfig:
 
     candidates: int = option(64, "Best candidates of each member that the fit looks at, besides the true answer.")
     sampled: int = option(64, "Candidates drawn from the rest, which stand for it in the fit.")
-    queries: int = option(20_000, "Validation triples looked at, at most; more are thinned out evenly.")
+    queries: int = option(10_000, "Validation triples looked at, at most; more are thinned out evenly.")
     folds: int = option(5, "Folds of the cross-validation that chooses the gate and calibrates; at least 2.")
     shrinkage: tuple[float, ...] = option(
         (0.1, 0.3, 1.0),

@@ -27,7 +27,7 @@ from kgray.model.gate import LEVELS, ONE, Gate, part_of, standardise
 log = logging.getLogger(__name__)
 
 Floats = npt.NDArray[np.float64]
-_STEPS = 60
+_STEPS = 30  # of L-BFGS; twice as many change a likelihood in the fourth digit
 _BASE_DEVIATION = 3.0  # of the prior on a base weight: wide, only to keep a member without any say from drifting
 _ROWS = 4096
 _MOST_SHARP = 100.0  # inverse temperature in units of 1 / standard deviation of a member's scores
