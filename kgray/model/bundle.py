@@ -35,6 +35,7 @@ from torch import Tensor
 from kgray.artifact import Artifact
 from kgray.config import from_dict, to_dict
 from kgray.errors import ArtifactError
+from kgray.evaluation.calibration import Calibration
 from kgray.graph.filter_index import FilterIndex
 from kgray.graph.graph import SPLITS, Graph
 from kgray.model.config import ModelConfig
@@ -45,9 +46,13 @@ FORMAT = 1
 
 FAMILIES: Mapping[str, str] = {
     "fused": "kgray.model.states:load_states",
+    "ensemble": "kgray.model.ensemble:load_ensemble",
 }
 """Where each family of model is opened: ``module:function``, called with the artifact and its config.json. Named, not
 imported, so that a family costs nothing where it is not used."""
+
+
+CALIBRATION = "calibration.json"
 
 
 class Scorer(Protocol):
@@ -161,6 +166,12 @@ class Bundle:
     def score_triples(self, heads: Tensor, relations: Tensor, tails: Tensor) -> Tensor:
         """(B,) int64 x 3 -> (B,) float32."""
         return self.scorer.score_triples(heads, relations, tails)
+
+    @cached_property
+    def calibration(self) -> Calibration | None:
+        """What makes its scores probabilities and answer sets; None where it was not calibrated."""
+        path = self.folder / CALIBRATION
+        return Calibration.from_json(json.loads(path.read_text())) if path.exists() else None
 
     def _column(self, table: str, column: str) -> list[str]:
         return pq.read_table(self.folder / table, columns=[column])[column].to_pylist()  # type: ignore[no-any-return]

@@ -6,7 +6,7 @@ from kgray.config import REQUIRED, ConfigPath, configuration, option
 from kgray.data.config import DataConfig
 from kgray.data.partition import GraphConfig
 from kgray.errors import ConfigError
-from kgray.evaluation.config import EvaluateConfig
+from kgray.evaluation.config import EnsembleConfig, EvaluateConfig
 from kgray.lineage.config import LineageConfig
 from kgray.model.config import ModelConfig, ablation
 from kgray.runtime import RayConfig
@@ -40,6 +40,7 @@ class Settings:
     text: TextConfig | None = option(TextConfig, "How texts become vectors; null trains without text.")
     model: ModelConfig = option(ModelConfig, "The model.")
     train: TrainConfig = option(TrainConfig, "How it is trained.")
+    ensemble: EnsembleConfig = option(EnsembleConfig, "How models are mixed, and their scores calibrated.")
     evaluate: EvaluateConfig = option(EvaluateConfig, "How it is measured.")
     serve: ServeConfig = option(ServeConfig, "The HTTP service.")
     lineage: LineageConfig = option(LineageConfig, "Runs and models in MLflow.")

@@ -1,7 +1,7 @@
 """The steps of kgray: what each job reads, writes, and takes from the configuration. Floor 6.
 
-    input files -> graph -> vectors -> model -> report
-                         \\----------/        \\-> deployment
+    input files -> graph -> vectors -> model(s) -> ensemble -> report
+                         \\----------/                     \\-> deployment
     documents   -> corpus
 
 Every room is imported when its step is looked at, so that an up-to-date pipeline loads neither torch nor a
@@ -26,6 +26,9 @@ from kgray.text.config import TextConfig
 ABLATIONS: tuple[Ablation, ...] = ("text_only", "graph_only")
 """Variants trained and measured beside the model when ``evaluate.ablations`` is on."""
 
+ENSEMBLE = "ensemble"
+"""The step whose model is ranked, registered and served."""
+
 
 def steps_of(settings: Settings) -> list[Step]:
     """The steps this configuration has, deploying apart (see deployment.py), in an order they can run in."""
@@ -37,8 +40,26 @@ def steps_of(settings: Settings) -> list[Step]:
         steps.append(Step("embed", ("ingest",), recipe, make, ("text",)))
     variants = ablations_of(settings)
     for which in variants:
-        steps += _model_steps(ablation(settings.model, which), f" {which}", (), None)
-    return steps + _model_steps(settings.model, "", variants, _register)
+        steps.append(_train_step(ablation(settings.model, which), f" {which}"))
+        steps.append(_evaluate_step(f"train {which}", f" {which}", ()))
+    steps.append(_train_step(settings.model, ""))
+    members = members_of(settings)
+    steps.append(
+        Step(
+            ENSEMBLE,
+            ("ingest", *members.values()),
+            partial(_ensemble_recipe, members=members),
+            partial(_ensemble, members=members),
+            ("ensemble",),
+            _register,
+        )
+    )
+    return [*steps, _evaluate_step(ENSEMBLE, "", variants)]
+
+
+def members_of(settings: Settings) -> dict[str, str]:
+    """The steps whose models are mixed, by the name a member goes by in reports and explanations."""
+    return {"fused": "train"}
 
 
 def ablations_of(settings: Settings) -> tuple[Ablation, ...]:
@@ -62,32 +83,30 @@ def targets_of(job: str, settings: Settings) -> list[str]:
         return [name for name in names if name.partition(" ")[0] == "evaluate"]
     if job == "embed" and settings.text is None:
         raise ConfigError("text", None, "a section, as there is nothing to embed without one")
-    return {"embed": ["embed"], "train": ["train"], "deploy": ["train"]}[job]
+    return {"embed": ["embed"], "train": ["train"], "deploy": [ENSEMBLE]}[job]
 
 
-def _model_steps(model: ModelConfig, suffix: str, beside: tuple[str, ...], done: Any) -> list[Step]:
-    """Training and measuring one variant of the model. suffix: tells its steps from the main ones. beside:
-    the variants whose reports are shown in this one's."""
-    reads_text = model.text.kind != "none"
-    train, evaluate = f"train{suffix}", f"evaluate{suffix}"
+def _train_step(model: ModelConfig, suffix: str) -> Step:
+    """Training one variant of the model. suffix: tells its step from the main one."""
+    return Step(
+        f"train{suffix}",
+        ("ingest", "embed") if model.text.kind != "none" else ("ingest",),
+        partial(_train_recipe, model=model),
+        partial(_train, model=model),
+        ("model", "train"),
+    )
+
+
+def _evaluate_step(ranked: str, suffix: str, beside: tuple[str, ...]) -> Step:
+    """Measuring the model of step ``ranked``. beside: the variants whose reports are shown in this one's."""
     reports = {which: f"evaluate {which}" for which in beside}
-    return [
-        Step(
-            train,
-            ("ingest", "embed") if reads_text else ("ingest",),
-            partial(_train_recipe, model=model),
-            partial(_train, model=model),
-            ("model", "train"),
-            done,
-        ),
-        Step(
-            evaluate,
-            ("ingest", train, *reports.values()),
-            partial(_evaluate_recipe, train=train, reports=reports),
-            partial(_evaluate, train=train, reports=reports),
-            ("evaluate",),
-        ),
-    ]
+    return Step(
+        f"evaluate{suffix}",
+        ("ingest", ranked, *reports.values()),
+        partial(_evaluate_recipe, ranked=ranked, reports=reports),
+        partial(_evaluate, ranked=ranked, reports=reports),
+        ("evaluate",),
+    )
 
 
 def _ingest_recipe(work: Work) -> Recipe:
@@ -146,6 +165,18 @@ def _train(work: Work, draft: Draft, run: Run, model: ModelConfig) -> Mapping[st
         return train(draft, work.store, model, work.settings.train, graph, vectors, on_metrics=on_metrics)
 
 
+def _ensemble_recipe(work: Work, members: Mapping[str, str]) -> Recipe:
+    from kgray.evaluation.ensemble import ensemble_recipe
+
+    return ensemble_recipe(work.settings.ensemble, work.artifacts["ingest"], _artifacts(work, members))
+
+
+def _ensemble(work: Work, draft: Draft, run: Run, members: Mapping[str, str]) -> Mapping[str, Any]:
+    from kgray.evaluation.ensemble import ensemble
+
+    return ensemble(draft, work.settings.ensemble, work.artifacts["ingest"], _artifacts(work, members))
+
+
 def _register(work: Work, run: Run, model: Artifact) -> None:
     registered = register(work.tracker, run, model, numeric(model.counts))
     if registered is not None:
@@ -153,29 +184,30 @@ def _register(work: Work, run: Run, model: Artifact) -> None:
 
 
 def register_again(work: Work) -> None:
-    """Register a model that was up to date, in case MLflow was out of reach when it was trained. Nothing
+    """Register an ensemble that was up to date, in case MLflow was out of reach when it was made. Nothing
     happens where it is registered, or where this driver has no run in MLflow."""
-    model = work.artifacts.get("train")
+    model = work.artifacts.get(ENSEMBLE)
     fresh = {outcome.step for outcome in work.outcomes if outcome.status == "done"}
-    if work.parent is not None and model is not None and "train" not in fresh:
+    if work.parent is not None and model is not None and ENSEMBLE not in fresh:
         register(work.tracker, work.parent, model, numeric(model.counts))
 
 
-def _evaluate_recipe(work: Work, train: str, reports: Mapping[str, str]) -> Recipe:
+def _evaluate_recipe(work: Work, ranked: str, reports: Mapping[str, str]) -> Recipe:
     from kgray.evaluation.evaluate import evaluate_recipe
 
-    model, graph = work.artifacts[train], work.artifacts["ingest"]
-    return evaluate_recipe(work.store, work.settings.evaluate, model, graph, _reports(work, reports))
+    model, graph = work.artifacts[ranked], work.artifacts["ingest"]
+    return evaluate_recipe(work.store, work.settings.evaluate, model, graph, _artifacts(work, reports))
 
 
 def _evaluate(
-    work: Work, draft: Draft, run: Run, train: str, reports: Mapping[str, str]
+    work: Work, draft: Draft, run: Run, ranked: str, reports: Mapping[str, str]
 ) -> Mapping[str, Any]:
     from kgray.evaluation.evaluate import evaluate
 
-    model, graph = work.artifacts[train], work.artifacts["ingest"]
-    return evaluate(draft, work.settings.evaluate, model, graph, _reports(work, reports))
+    model, graph = work.artifacts[ranked], work.artifacts["ingest"]
+    return evaluate(draft, work.settings.evaluate, model, graph, _artifacts(work, reports))
 
 
-def _reports(work: Work, reports: Mapping[str, str]) -> dict[str, Artifact]:
-    return {which: work.artifacts[step] for which, step in reports.items()}
+def _artifacts(work: Work, steps: Mapping[str, str]) -> dict[str, Artifact]:
+    """The artifacts of steps, by the names the steps are given here."""
+    return {name: work.artifacts[step] for name, step in steps.items()}

@@ -48,10 +48,11 @@ def test_without_mlflow_the_pipeline_finishes_says_so_once_and_is_traced_to_its_
     options = [f"storage.root={tmp_path}", NO_MLFLOW, "text=null", *SMALL]
     status, first, out, err = run("evaluate", *options)
     assert status == 0, err
-    assert statuses(first) == {"ingest": "done", "train": "done", "evaluate": "done"}
+    assert statuses(first) == {"ingest": "done", "train": "done", "ensemble": "done", "evaluate": "done"}
     assert err.count("MLflow at http://127.0.0.1:9 cannot be used") == 1
     assert 0 < first["metrics"]["test.both.realistic.filtered.full.mrr"] <= 1
-    assert "baseline" in out
+    assert "baseline" in out and "\n  member fused" in out
+    assert 0 <= first["metrics"]["test.both.calibration.ece"] <= 1 and "test.both.calibration" in out
 
     status, again, _, err = run("evaluate", *options)
     assert status == 0 and again["status"] == "up to date" and again["version"] == first["version"]
@@ -127,7 +128,7 @@ def test_the_pipeline_with_ablations_deploys_and_shows_its_answers_again(run, tm
     assert status == 0, err[-3000:]
     assert list(statuses(result)) == [
         *("ingest", "embed", "train text_only", "evaluate text_only"),
-        *("train graph_only", "evaluate graph_only", "train", "evaluate", "deploy"),
+        *("train graph_only", "evaluate graph_only", "train", "ensemble", "evaluate", "deploy"),
     ]
     for row in ("model", "text_only", "graph_only", "baseline"):
         assert f"\n  {row}" in out
