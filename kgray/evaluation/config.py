@@ -9,10 +9,27 @@ from kgray.errors import ConfigError
 
 
 @configuration
+class SecondLookConfig:
+    """A second look at the best candidates of an entity query, by shared words, facts and the members' scores."""
+
+    candidates: int = option(100, "Candidates looked at again; at most ensemble.candidates.")
+    hidden: int = option(64, "Width of the perceptron that is tried beside a plain sum of features; 0 tries none.")
+
+    def __post_init__(self) -> None:
+        if self.candidates < 2:
+            raise ConfigError("candidates", self.candidates, "at least 2")
+        if self.hidden < 0:
+            raise ConfigError("hidden", self.hidden, "0 or more")
+
+
+@configuration
 class EnsembleConfig:
     """How several models become one, and its scores probabilities; all of it is fitted on validation triples."""
 
-    candidates: int = option(64, "Best candidates of each member that the fit looks at, besides the true answer.")
+    second_look: SecondLookConfig | None = option(
+        SecondLookConfig, "Whether the best candidates are scored again by features of each; null: never."
+    )
+    candidates: int = option(100, "Best candidates of each member that the fit looks at, besides the true answer.")
     sampled: int = option(64, "Candidates drawn from the rest, which stand for it in the fit.")
     queries: int = option(10_000, "Validation triples looked at, at most; more are thinned out evenly.")
     folds: int = option(5, "Folds of the cross-validation that chooses the gate and calibrates; at least 2.")
@@ -29,6 +46,8 @@ class EnsembleConfig:
         for key in ("candidates", "sampled", "queries", "group", "score_memory_mb"):
             if getattr(self, key) < 1:
                 raise ConfigError(key, getattr(self, key), "a positive number")
+        if self.second_look is not None and self.second_look.candidates > self.candidates:
+            raise ConfigError("second_look.candidates", self.second_look.candidates, f"at most {self.candidates}")
         if self.folds < 2:
             raise ConfigError("folds", self.folds, "2 or more")
         if not self.shrinkage or any(value <= 0 for value in self.shrinkage):

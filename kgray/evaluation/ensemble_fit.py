@@ -18,7 +18,7 @@ import torch
 
 from kgray.artifact import Artifact
 from kgray.evaluation.calibration import Calibration, TaskCalibration, fit_task
-from kgray.evaluation.config import EnsembleConfig
+from kgray.evaluation.config import EnsembleConfig, SecondLookConfig
 from kgray.evaluation.counts import SIDES
 from kgray.evaluation.ranking import filter_splits
 from kgray.evaluation.reliability import Reliability, metrics_of
@@ -28,8 +28,11 @@ from kgray.graph.graph import Graph
 from kgray.model.bundle import CALIBRATION, Bundle, write_common
 from kgray.model.candidates import Candidates, collect, thin
 from kgray.model.ensemble import check_graph, describe, score, write_gates
+from kgray.model.features import CandidateFeatures
 from kgray.model.gate import Gate, TrainingFacts, part_of
-from kgray.model.gate_fit import Choice, choose_gate, fused, inverse_temperature
+from kgray.model.gate_fit import Choice, choose_gate, fused, inverse_temperature, scales_of
+from kgray.model.reranking import Reranker
+from kgray.model.reranking_fit import SecondLook, fit_second_look
 
 log = logging.getLogger(__name__)
 
@@ -116,6 +119,7 @@ def write_ensemble(
     """
     loaded, bundles = Graph.load(graph), _open(members, graph)
     gates: dict[str, Gate] = {}
+    looked: Reranker | None = None
     told: dict[str, Any] = {}
     metrics: dict[str, float] = {}
     tasks: dict[str, TaskCalibration] = {}
@@ -139,14 +143,23 @@ def write_ensemble(
         )
         gates[part], told[part] = choice.gate, choice.to_json()
         metrics[METRICS[part]] = choice.mrr
-        fitted, measured = calibrate(data, choice, config, loaded.num_relations)
+        scores = fused(data.scores, choice.weights)
+        if part == "entity" and config.second_look is not None:
+            second = _look_again(config, config.second_look, graph, loaded, data, scores, choice)
+            told["second_look"] = second.to_json()
+            looked, scores, metrics[METRICS[part]] = second.reranker, second.scores, second.mrr
+        fitted, measured = calibrate(data, choice, scores, config, loaded.num_relations)
         tasks |= fitted
         metrics |= metrics_of(measured, "valid")
     if not gates:
         raise ValueError("no member answers any task")
     info = {
         "members": describe(members, {name: bundle.tasks for name, bundle in bundles.items()}),
-        "gate": {"members": {part: list(gate.members) for part, gate in gates.items()}, "chosen": told},
+        "gate": {
+            "members": {part: list(gate.members) for part, gate in gates.items()},
+            "chosen": told,
+            "second_look": None if looked is None else looked.write(folder),
+        },
         "metrics": metrics,
         "alpha": config.alpha,
     }
@@ -159,12 +172,35 @@ def write_ensemble(
     return sizes | metrics
 
 
+def _look_again(
+    config: EnsembleConfig,
+    look: SecondLookConfig,
+    graph: Artifact,
+    loaded: Graph,
+    data: Candidates,
+    scores: torch.Tensor,
+    choice: Choice,
+) -> SecondLook:
+    columns = ["external_id", "name", "description"]
+    table = graph.read_table("entities", columns=columns)
+    ids, names, texts = (table[column].to_pylist() for column in columns)
+    # A name that is only the id is none: ids that look alike say nothing.
+    spoken = ["" if name == key else name or "" for name, key in zip(names, ids, strict=True)]
+    features = CandidateFeatures.of(loaded, spoken, [text or "" for text in texts])
+    return fit_second_look(
+        *(data, scores, scales_of(data), choice.fold, features),
+        count=look.candidates,
+        hidden=look.hidden,
+        directions=2 * loaded.num_relations,
+        seed=config.seed,
+    )
+
+
 def calibrate(
-    data: Candidates, choice: Choice, config: EnsembleConfig, num_relations: int
+    data: Candidates, choice: Choice, scores: torch.Tensor, config: EnsembleConfig, num_relations: int
 ) -> tuple[dict[str, TaskCalibration], dict[str, Reliability]]:
-    """Calibration of each task of a part, on scores by gates that never saw the query; and how it does, fold by fold,
-    on queries it never saw either."""
-    scores = fused(data.scores, choice.weights)
+    """Calibration of each task of a part, on ``scores`` (Q, C) by what never saw the query; and how it does, fold by
+    fold, on queries it never saw either."""
     fitted, measured = {}, {}
     for side in data.queries.task.unique().tolist():
         task = SIDES[side]

@@ -34,7 +34,7 @@ class _Recorder:
 
     def _score(self, task: str, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
         self.rows = self.ensemble.rows(task, first, second, everyone=True)
-        return self.ensemble.fuse(self.ensemble.weights(task, first, second, self.rows), self.rows)
+        return self.ensemble.finish(task, first, second, self.rows)
 
 
 @dataclass(slots=True)

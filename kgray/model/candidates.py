@@ -26,7 +26,8 @@ from kgray.model.gate import FEATURES, Queries, TrainingFacts, row_features
 class Candidates:
     """Q queries with at most C candidates each, the gold one first.
 
-    triples (Q, 3) int64. scores (Q, C, M) float32 raw scores of the members. log_weight (Q, C) float32: 0 of a
+    triples (Q, 3) int64. ids (Q, C) int64 of the candidates. scores (Q, C, M) float32 raw scores of the members.
+    log_weight (Q, C) float32: 0 of a
     candidate that stands for itself, log(n) of a sampled one that stands for n, -inf where there is none. keys (Q,)
     int64: equal where queries of a task ask the same.
     """
@@ -35,6 +36,7 @@ class Candidates:
     triples: Tensor
     queries: Queries
     keys: Tensor
+    ids: Tensor
     scores: Tensor
     log_weight: Tensor
 
@@ -42,8 +44,8 @@ class Candidates:
         return len(self.triples)
 
     def __getitem__(self, rows: Tensor) -> Candidates:
-        parts = (self.triples[rows], self.queries[rows], self.keys[rows], self.scores[rows], self.log_weight[rows])
-        return Candidates(self.members, *parts)
+        parts = (self.ids[rows], self.scores[rows], self.log_weight[rows])
+        return Candidates(self.members, self.triples[rows], self.queries[rows], self.keys[rows], *parts)
 
     @classmethod
     def concatenate(cls, parts: Sequence[Candidates]) -> Candidates:
@@ -63,6 +65,7 @@ class Candidates:
                 torch.cat(features) if features else None,
             ),
             torch.cat([part.keys for part in parts]),
+            torch.cat([_widen(part.ids, width, 0) for part in parts]),
             torch.cat([_widen(part.scores.transpose(1, 2), width, 0.0).transpose(1, 2) for part in parts]),
             torch.cat([_widen(part.log_weight, width, -torch.inf) for part in parts]),
         )
@@ -112,7 +115,7 @@ def collect(
         features.view(len(triples), len(rows), len(FEATURES)),
     )
     keys = torch.from_numpy(facts.keys(task, first, second))
-    return Candidates(tuple(rows), triples, queries, keys, scores, weight)
+    return Candidates(tuple(rows), triples, queries, keys, ids, scores, weight)
 
 
 def _choose(

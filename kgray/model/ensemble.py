@@ -4,6 +4,7 @@ Beside what every family has (:mod:`kgray.model.bundle`) its artifact holds
 
 config.json       also: ``members`` (name, kind, version, uri), ``gate`` (which one, and why)
 gate.safetensors  the gates of entity and of relation queries, and what they know of the training split
+rerank*.safetensors  the second look at the best candidates, where one is taken (:mod:`kgray.model.reranking`)
 calibration.json  what makes scores probabilities and answer sets (:mod:`kgray.evaluation.calibration`)
 
 The members stay artifacts of their own, inputs of this one, opened where the ensemble is opened.
@@ -25,8 +26,10 @@ from kgray.errors import ArtifactError, ArtifactNotFoundError
 from kgray.evaluation.counts import SIDES
 from kgray.model.bundle import Bundle, Scorer
 from kgray.model.gate import Gate, Queries, TrainingFacts, part_of, row_features
+from kgray.model.reranking import Reranker
 
 GATES = "gate.safetensors"
+BELOW = "not among the best"
 
 
 class EnsembleScorer:
@@ -35,8 +38,15 @@ class EnsembleScorer:
     A whole triple is scored by the mean of its two directions, as every family does; so are its addends.
     """
 
-    def __init__(self, members: Mapping[str, Scorer], gates: Mapping[str, Gate], facts: TrainingFacts) -> None:
+    def __init__(
+        self,
+        members: Mapping[str, Scorer],
+        gates: Mapping[str, Gate],
+        facts: TrainingFacts,
+        reranker: Reranker | None = None,
+    ) -> None:
         self.members = dict(members)
+        self.reranker = reranker
         self.gates = dict(gates)
         self.facts = facts
         self.tasks = tuple(task for task in SIDES if part_of(task) in self.gates)
@@ -72,7 +82,8 @@ class EnsembleScorer:
         first, second (B,): the given parts in the order head, relation, tail.
         """
         gate = self._gate(task)
-        names = gate.members if everyone or gate.features is not None else gate.used(task)
+        looked = self.reranker is not None and task != "relation"
+        names = gate.members if everyone or looked or gate.features is not None else gate.used(task)
         return {name: score(self.members[name], task, first, second) for name in names}
 
     def weights(self, task: str, first: Tensor, second: Tensor, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -96,18 +107,41 @@ class EnsembleScorer:
             raise ValueError("no member has a say")
         return total
 
-    def decompose(self, task: str, first: Tensor, second: Tensor, candidates: Tensor) -> dict[str, Tensor]:
-        """What each member adds to the score of candidates (B, K) of B queries: (B, K) by member; they sum to it.
+    def finish(self, task: str, first: Tensor, second: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
+        """(B, C) final scores from the rows of :meth:`rows`: mixed, and looked at again where that is done."""
+        mixed = self.fuse(self.weights(task, first, second, rows), rows)
+        if self.reranker is None or task == "relation":
+            return mixed
+        return self.reranker.apply(task, first, second, mixed, rows)
 
-        A member without a say adds nothing and is left out.
+    def decompose(self, task: str, first: Tensor, second: Tensor, candidates: Tensor) -> dict[str, Tensor]:
+        """What makes up the score of candidates (B, K) of B queries: addends (B, K) by name; they sum to the score.
+
+        Without a second look, what each member adds; one without a say adds nothing and is left out. With it, what
+        the first ranking, each member and each feature adds to candidates looked at again; to the others, what each
+        member adds and, as "not among the best", how far they were moved down.
         """
         rows = self.rows(task, first, second)
         weights = self.weights(task, first, second, rows)
-        return {name: rows[name].gather(1, candidates).float() * w[:, None] for name, w in weights.items()}
+        parts = {name: rows[name].gather(1, candidates).float() * w[:, None] for name, w in weights.items()}
+        if self.reranker is None or task == "relation":
+            return parts
+        mixed = self.fuse(weights, rows)
+        final = self.reranker.apply(task, first, second, mixed, rows).gather(1, candidates)
+        picked = self.reranker.pick(task, first, second, mixed)
+        again = self.reranker.addends(task, first, second, mixed, rows, picked)
+        match = (candidates[:, :, None] == picked.ids[:, None, :]) & picked.valid[:, None, :]
+        inside, where = match.any(2), match.byte().argmax(2)
+        looked = again.gather(1, where[..., None].expand(-1, -1, again.shape[-1])) * inside[..., None]
+        outside = {name: part * ~inside for name, part in parts.items()}
+        found = {name: looked[..., i] for i, name in enumerate(self.reranker.names)}
+        for name, part in outside.items():
+            found[name] = found[name] + part if name in found else part
+        found[BELOW] = (final - torch.stack(list(parts.values())).sum(0)) * ~inside
+        return found
 
     def _score(self, task: str, first: Tensor, second: Tensor) -> Tensor:
-        rows = self.rows(task, first, second)
-        return self.fuse(self.weights(task, first, second, rows), rows)
+        return self.finish(task, first, second, self.rows(task, first, second))
 
     def _gate(self, task: str) -> Gate:
         if task not in self.tasks:
@@ -141,7 +175,9 @@ def load_ensemble(artifact: Artifact, info: Mapping[str, Any]) -> EnsembleScorer
     for name, member in members.items():
         if (member.num_entities, member.num_relations) != (facts.num_entities, facts.num_relations):
             raise ArtifactError(f"{artifact.uri}: member {name} has another number of entities or relations")
-    return EnsembleScorer({name: bundle.scorer for name, bundle in members.items()}, gates, facts)
+    look = info["gate"].get("second_look")
+    reranker = None if look is None else Reranker.load(artifact.local_path(""), look)
+    return EnsembleScorer({name: bundle.scorer for name, bundle in members.items()}, gates, facts, reranker)
 
 
 def open_member(artifact: Artifact, entry: Mapping[str, str], graph_version: str) -> Bundle:

@@ -89,7 +89,7 @@ class CandidateFeatures:
         common = overlap(ones, anchors, bags, candidates, most=_MOST_NEIGHBOURS)
         rare = overlap(bags, anchors, bags, candidates, most=_MOST_NEIGHBOURS)
         counts = [np.log1p(x).astype(np.float32).reshape(shape) for x in (degree, answers, others, edges)]
-        return [*counts, np.log1p(common), rare]
+        return [*counts, np.log1p(common).astype(np.float32), rare]
 
     def _words(self, bags: TextBags, anchors: Int64, candidates: Int64) -> list[Float32]:
         # A whole name of weight zero (no name) shares nothing with anyone.
@@ -105,7 +105,8 @@ class CandidateFeatures:
         shared = overlap(flat_texts, anchors, flat_texts, candidates)
         shorter = np.minimum(text[anchors][:, None], text[candidates])
         same = (alike > 0.999).astype(np.float32)
-        return [same, alike, said, early, says, says_early, shared / shorter]
+        columns = [same, alike, said, early, says, says_early, shared / shorter]
+        return [column.astype(np.float32) for column in columns]
 
     def to_arrays(self) -> dict[str, NDArray[Any]]:
         """Flat arrays, what :meth:`from_arrays` takes."""

@@ -69,6 +69,9 @@ class Tried:
     behind: float
     error: float
 
+    def to_json(self) -> dict[str, Any]:
+        return {"gate": self.variant, "mrr": self.mrr, "behind_best": self.behind, "standard_error": self.error}
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -95,10 +98,7 @@ class Choice:
             "best_single": self.best_single,
             "mrr": self.mrr,
             "queries": len(self.fold),
-            "tried": [
-                {"gate": t.variant, "mrr": t.mrr, "behind_best": t.behind, "standard_error": t.error}
-                for t in self.tried
-            ],
+            "tried": [one.to_json() for one in self.tried],
         }
 
 
@@ -270,7 +270,7 @@ def choose_gate(
     return Choice(gate, variants[chosen], nested, alone, tuple(tried), weights[chosen], fold, reason)
 
 
-def simplest(variants: Sequence[Variant], ranks: Floats) -> tuple[int, list[Tried]]:
+def simplest(variants: Sequence[object], ranks: Floats) -> tuple[int, list[Tried]]:
     """The first of ``variants`` within one standard error of the best; ranks (V, Q) reciprocal ranks of each."""
     means = ranks.mean(1)
     best = int(means.argmax())
