@@ -77,6 +77,13 @@ def constant_rules(facts: Facts, config: RulesConfig, features: Features, relati
     return found[0]
 
 
+def _best(rules: Rules, most: int) -> Rules:
+    """All that may be among the ``most`` confident; ordering so many rules to find out would take longer."""
+    if len(rules) <= most:
+        return rules
+    return rules.take(rules.confidence >= np.partition(rules.confidence, -most)[-most])
+
+
 def _parts(features: Features, targets: Int64) -> Iterator[Int64]:
     """Targets in pieces of bounded work: the facts of all entities X that have the target."""
     degrees = np.diff(features.rows.indptr)
@@ -125,4 +132,5 @@ def _rules(
     relation, c = np.divmod(target, max(facts.num_entities, 1))
     padded = np.full((len(body), HOPS), NONE, dtype=np.int64)
     padded[:, 0] = body
-    return Rules(relation, padded, c, body_constant, support, size, confidence).take(kept)
+    rules = Rules(relation, padded, c, body_constant, support, size, confidence).take(kept)
+    return _best(rules, config.max_constant_rules)

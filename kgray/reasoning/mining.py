@@ -78,7 +78,8 @@ def _longer(facts: Facts, config: RulesConfig, wanted: Int64, length: int) -> Ru
     order = np.argsort(which, kind="stable")
     relation, which = relation[order], which[order]
     support, size = Measure(facts, config).measure(unpack(facts.num_relations, unique, length), relation, which)
-    return path_rules(config, relation, unpack(facts.num_relations, keys[order], length), support, size, config.max_rules)
+    bodies = unpack(facts.num_relations, keys[order], length)
+    return path_rules(config, relation, bodies, support, size, config.max_rules)
 
 
 def _candidates(facts: Facts, config: RulesConfig, relation: int, length: int) -> Int64:
