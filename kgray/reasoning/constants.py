@@ -26,7 +26,8 @@ class Features:
     keys: (f,) int64 ascending, ``r' * N + c'``. matrix: (N, f) incidence by column. rows: the same by row.
     domains: (N, 2R), whether an entity has any r'-neighbour. domain_sizes: (2R,) entities that do.
     sole: (f,) int64, of how many entities c' is the one r'-neighbour.
-    sole_keys, sole_counts: ascending ``(r * 2R + r') * N + c``, and of how many X with r(X, c) c is the one r'-neighbour.
+    sole_keys, sole_counts: ascending ``(r * 2R + r') * N + c``, and of how many X with r(X, c) c is the one
+    r'-neighbour.
     """
 
     keys: Int64

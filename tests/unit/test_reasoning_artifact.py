@@ -14,7 +14,7 @@ from kgray.errors import ArtifactError
 from kgray.evaluation.ranking import filter_splits, rank_triples
 from kgray.graph.graph import SPLITS, Graph
 from kgray.model.bundle import Bundle
-from kgray.reasoning.artifact import load_rules, rules_recipe, write_rules
+from kgray.reasoning.artifact import rules_recipe, write_rules
 from kgray.reasoning.config import RulesConfig
 from kgray.reasoning.facts import Facts
 from kgray.reasoning.mining import mine_rules
@@ -96,7 +96,10 @@ def test_the_recipe_hangs_on_graph_and_configuration(tmp_path: Path, graph: Grap
 
 
 def test_rules_of_another_graph_are_refused(tmp_path: Path, graph: Graph):
-    artifact = stored(tmp_path, graph, RulesConfig(hops=1))
-    np.save(artifact.local_path("facts.npy"), np.array([[graph.num_entities, 0, 0]]))
-    with pytest.raises(ArtifactError, match="do not fit together"):
-        load_rules(artifact, {"rules": {}})
+    config = RulesConfig(hops=1, max_constant_rules=50)
+    rules = scorer_of(graph, config).rules
+    rules = replace(rules, constant=np.where(rules.constant >= 0, graph.num_entities, -1))
+    recipe = Recipe("model", 1, (), {"rules": "test"})
+    artifact = Store(tmp_path).build(recipe, lambda draft: write_rules(draft, config, graph, rules)).artifact
+    with pytest.raises(ArtifactError, match=r"a rule names entity 135, the facts have 0\.\.134"):
+        Bundle.load(artifact)

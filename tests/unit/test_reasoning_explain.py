@@ -53,20 +53,22 @@ def scorer(planted: tuple[np.ndarray, np.ndarray]) -> RuleScorer:
     return RuleScorer(mine_rules(facts, RulesConfig()), facts)
 
 
-def best(rules: Rules, relation: int, path: bool = True) -> Rule:
-    own = np.flatnonzero((rules.relation == relation) & (rules.is_path == path))
-    return rules[int(own[np.argmax(rules.confidence[own])])]
+def confidence(rules: Rules, relation: int, *bodies: tuple[int, ...]) -> float:
+    """The highest of the path rules with one of the bodies; NaN where there is none."""
+    found = [rules[i] for i in np.flatnonzero((rules.relation == relation) & rules.is_path).tolist()]
+    return max((rule.confidence for rule in found if rule.body in bodies), default=float("nan"))
 
 
-def test_planted_rules_are_the_most_confident(scorer: RuleScorer):
+def test_planted_rules_are_found(scorer: RuleScorer):
     real = len(NAMES)
-    assert best(scorer.rules, SPOUSE).body == (SPOUSE + real,)
-    assert best(scorer.rules, CHILD).body == (PARENT + real,)
-    assert best(scorer.rules, UNCLE).body in {(PARENT, BROTHER), (CHILD + real, BROTHER)}
+    # Ten facts are hidden and five wrong ones charged, of some three hundred.
+    assert confidence(scorer.rules, SPOUSE, (SPOUSE + real,)) > 0.9
+    assert confidence(scorer.rules, CHILD, (PARENT + real,)) > 0.9
+    assert confidence(scorer.rules, UNCLE, (PARENT, BROTHER), (CHILD + real, BROTHER)) > 0.85
+    assert not confidence(scorer.rules, NOISE, (SPOUSE,), (PARENT,)) > 0.1
     own = scorer.rules.take((scorer.rules.relation == SPEAKS) & (scorer.rules.constant == LANGUAGE))
-    rule = own[0]
-    assert (rule.body, rule.body_constant) == ((LIVES,), PEOPLE)
-    assert all(best(scorer.rules, r).confidence > 0.7 for r in (SPOUSE, CHILD, UNCLE))
+    assert (own[0].body, own[0].body_constant) == ((LIVES,), PEOPLE)
+    assert own[0].confidence > 0.8
 
 
 def test_hidden_facts_are_explained(scorer: RuleScorer, planted: tuple[np.ndarray, np.ndarray]):
