@@ -19,9 +19,9 @@ class RulesConfig:
     pessimism: float = option(5.0, "Wrong predictions every rule is charged beforehand: support / (body + pessimism).")
     max_rules: int = option(300, "Path rules kept for each relation and number of atoms, the most confident.")
     max_constant_rules: int = option(3000, "Constant rules kept for each relation and direction, the most confident.")
-    max_candidates: int = option(1000, "Bodies measured for each relation and number of atoms, the most often seen.")
-    max_walks: int = option(4_000_000, "Steps spent on looking for the bodies of a relation around its facts.")
-    max_groundings: int = option(50_000, "Walks a body is measured on, from start entities drawn by the seed.")
+    max_candidates: int = option(500, "Bodies measured for each relation and number of atoms, the most often seen.")
+    max_walks: int = option(1_000_000, "Steps spent on looking for the bodies of a relation around its facts.")
+    max_groundings: int = option(10_000, "Walks a body is measured on, from start entities drawn by the seed.")
     top: int = option(5, "Fired rules that count for a candidate, the most confident.")
     seed: int = option(0, "Draws the facts and start entities of what is too large to be counted whole.")
 

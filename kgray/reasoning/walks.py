@@ -25,7 +25,7 @@ def first(facts: Facts, starts: Int64, r1: Int64) -> sparse.csr_array:
 
 def second(facts: Facts, starts: Int64, ones: sparse.csr_array, r2: Int64) -> sparse.csr_array:
     """r1(X, Z), r2(Z, Y) with X, Y, Z different, from the rows of :func:`first`; (n, N) int64 walks."""
-    return _without(_shifted(facts, ones, r2) @ facts.matrix, starts)
+    return _without(_continued(facts, ones, r2) @ facts.matrix, starts)
 
 
 def third(
@@ -36,21 +36,20 @@ def third(
     ``twos`` has no walk with Z2 = X. Those with Y = Z1 are taken off again: of each entry z of ``ones`` as many as
     there are walks z, Z2, z with Z2 other than X.
     """
-    shifted = _shifted(facts, twos, r3)
+    rows = _continued(facts, twos, r3)
     returning = _returning(facts, starts, ones, r2, r3)
     if returning is not None:
-        shifted = shifted + returning
-    return _without(shifted @ facts.matrix, starts)
+        rows = _beside(rows, *returning)
+    return _without(rows @ facts.matrix, starts)
 
 
 def reach(facts: Facts, rows: sparse.csr_array, relations: Int64) -> Int64:
     """Most entries each row can have after a step by its relation, (n,) int64: cheap, before any product."""
-    continued = np.repeat(relations * facts.num_entities, lengths(rows)) + rows.indices
-    sums = np.concatenate([[0], np.cumsum(facts.degrees[continued])])
+    sums = np.concatenate([[0], np.cumsum(facts.degrees[_continued(facts, rows, relations).indices])])
     return sums[rows.indptr[1:]] - sums[rows.indptr[:-1]]
 
 
-def _shifted(facts: Facts, rows: sparse.csr_array, relations: Int64) -> sparse.csr_array:
+def _continued(facts: Facts, rows: sparse.csr_array, relations: Int64) -> sparse.csr_array:
     indices = rows.indices + np.repeat(relations * facts.num_entities, lengths(rows))
     shape = (rows.shape[0], facts.matrix.shape[0])
     return sparse.csr_array((rows.data, indices.astype(facts.matrix.indices.dtype), rows.indptr), shape=shape)
@@ -64,8 +63,8 @@ def _without(rows: sparse.csr_array, starts: Int64) -> sparse.csr_array:
 
 def _returning(
     facts: Facts, starts: Int64, ones: sparse.csr_array, r2: Int64, r3: Int64
-) -> sparse.csr_array | None:
-    """Minus the walks z, Z2, z of each entry z of ``ones``, in the columns of the identity."""
+) -> tuple[Int64, Int64, Int64] | None:
+    """Minus the walks z, Z2, z of each entry z of ``ones``, for the identity: (row, column, value)."""
     keys, counts, some = facts.closed
     chosen = np.flatnonzero(some[r2, r3])
     span, place = spread(ones.indptr[chosen].astype(np.int64), lengths(ones)[chosen])
@@ -80,6 +79,14 @@ def _returning(
     kept = walks > 0
     if not kept.any():
         return None
-    columns = 2 * facts.num_relations * facts.num_entities + z[kept]
-    shape = (ones.shape[0], facts.matrix.shape[0])
-    return sparse.csr_array((-walks[kept], (row[kept], columns)), shape=shape)
+    return row[kept], 2 * facts.num_relations * facts.num_entities + z[kept], -walks[kept]
+
+
+def _beside(rows: sparse.csr_array, row: Int64, column: Int64, value: Int64) -> sparse.csr_array:
+    """``rows`` with further entries; a sum of sparse matrices would pass over their millions of columns."""
+    each = np.concatenate([np.repeat(np.arange(rows.shape[0]), lengths(rows)), row])
+    order = np.argsort(each, kind="stable")
+    indices = np.concatenate([rows.indices, column.astype(rows.indices.dtype)])[order]
+    offsets = np.zeros_like(rows.indptr)
+    np.cumsum(np.bincount(each, minlength=rows.shape[0]), out=offsets[1:])
+    return sparse.csr_array((np.concatenate([rows.data, value])[order], indices, offsets), shape=rows.shape)
