@@ -18,7 +18,7 @@ class RulesConfig:
     min_confidence: float = option(0.01, "Least confidence of a kept rule.")
     pessimism: float = option(5.0, "Wrong predictions every rule is charged beforehand: support / (body + pessimism).")
     max_rules: int = option(300, "Path rules kept for each relation and number of atoms, the most confident.")
-    max_constant_rules: int = option(3000, "Constant rules kept for each relation and direction, the most confident.")
+    max_constant_rules: int = option(10_000, "Constant rules kept for each relation and direction, the most confident.")
     max_candidates: int = option(500, "Bodies measured for each relation and number of atoms, the most often seen.")
     max_walks: int = option(1_000_000, "Steps spent on looking for the bodies of a relation around its facts.")
     max_groundings: int = option(10_000, "Walks a body is measured on, from start entities drawn by the seed.")
