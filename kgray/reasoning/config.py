@@ -14,8 +14,8 @@ class RulesConfig:
 
     hops: int = option(3, "Longest path body, 1 to 3 atoms.")
     constants: bool = option(True, "Whether rules that name an entity, r(X, c) <- r'(X, c') and the like, are mined.")
-    min_support: int = option(3, "Training facts a rule must predict to be kept.")
-    min_confidence: float = option(0.01, "Least confidence of a kept rule.")
+    min_support: int = option(2, "Training facts a rule must predict to be kept.")
+    min_confidence: float = option(0.001, "Least confidence of a kept rule.")
     pessimism: float = option(5.0, "Wrong predictions every rule is charged beforehand: support / (body + pessimism).")
     max_rules: int = option(300, "Path rules kept for each relation and number of atoms, the most confident.")
     max_constant_rules: int = option(10_000, "Constant rules kept for each relation and direction, the most confident.")
