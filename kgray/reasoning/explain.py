@@ -70,10 +70,13 @@ def _groundings(facts: Facts, rule: Rule, head: int, tail: int, limit: int) -> l
     # The conclusion names c, so X is the other end.
     variable = head if rule.relation < facts.num_relations else tail
     if rule.body_constant is not None:
-        return [(_fact(facts, variable, rule.body[0], rule.body_constant),)][:limit]
-    _, place = facts.edges(np.array([variable]))
-    kept = place[(facts.relations[place] == rule.body[0]) & (facts.tails[place] != rule.constant)]
-    return [(_fact(facts, variable, rule.body[0], z),) for z in facts.tails[kept[:limit]].tolist()]
+        others = [rule.body_constant]
+    else:
+        _, place = facts.edges(np.array([variable]))
+        kept = place[(facts.relations[place] == rule.body[0]) & (facts.tails[place] != rule.constant)]
+        others = facts.tails[kept].tolist()
+    found: list[tuple[Fact, ...]] = [(_fact(facts, variable, rule.body[0], z),) for z in others[:limit]]
+    return found
 
 
 def _paths(facts: Facts, body: tuple[int, ...], head: int, tail: int, limit: int) -> list[tuple[Fact, ...]]:

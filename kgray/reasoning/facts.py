@@ -116,7 +116,8 @@ class Facts:
     @cached_property
     def degrees(self) -> Int64:
         """(2R * N,) int64, number of tails of each ``r * N + h``."""
-        return np.diff(self.matrix.indptr).astype(np.int64)[: 2 * self.num_relations * self.num_entities]
+        tails: Int64 = np.diff(self.matrix.indptr).astype(np.int64)
+        return tails[: 2 * self.num_relations * self.num_entities]
 
     @cached_property
     def sizes(self) -> Int64:

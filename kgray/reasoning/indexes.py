@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import sparse
 
 from kgray.reasoning.facts import Facts, Int64, find, spread
@@ -87,12 +88,13 @@ class ConstantIndex:
         """Rules that answer the queries (entity, relation 0..2R-1, ?), with the answers."""
         return Fired.join([self._of_variable(entities, relations), self._of_constant(entities, relations)])
 
-    def _holds(self, x: Int64, rule: Int64) -> np.ndarray:  # type: ignore[type-arg]
+    def _holds(self, x: Int64, rule: Int64) -> NDArray[np.bool_]:
         """Given that X has the rule's feature: X is not c, and "some Z" is one other than c."""
         c, body = self.rules.constant[rule], self.rules.body[rule, 0]
         some = self.rules.body_constant[rule] == NONE
         left = self.facts.degrees[body * self.facts.num_entities + x] - self.facts.contains(x, body, c)
-        return (x != c) & (~some | (left > 0))
+        holds: NDArray[np.bool_] = (x != c) & (~some | (left > 0))
+        return holds
 
     def _of_variable(self, entities: Int64, relations: Int64) -> Fired:
         query, feature = self.features.get(entities)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kgray.reasoning.facts import Facts, Int64, find, spread
 
@@ -78,13 +79,15 @@ def _one_each(facts: Facts, entities: Int64) -> Int64:
 
 
 def _degree(facts: Facts, entities: Int64) -> Int64:
-    return facts.neighbours[entities + 1] - facts.neighbours[entities]
+    others: Int64 = facts.neighbours[entities + 1] - facts.neighbours[entities]
+    return others
 
 
 def _walks(facts: Facts, entities: Int64) -> Int64:
     """Walks of two steps from each entity."""
     sums = np.concatenate([[0], np.cumsum(_degree(facts, facts.pair_tails))])
-    return sums[facts.neighbours[entities + 1]] - sums[facts.neighbours[entities]]
+    walks: Int64 = sums[facts.neighbours[entities + 1]] - sums[facts.neighbours[entities]]
+    return walks
 
 
 def _one(facts: Facts, heads: Int64, tails: Int64) -> Paths:
@@ -93,7 +96,7 @@ def _one(facts: Facts, heads: Int64, tails: Int64) -> Paths:
     return Paths(query, pair[query][:, None])
 
 
-def _turned(facts: Facts, paths: Paths, turned: np.ndarray) -> Paths:  # type: ignore[type-arg]
+def _turned(facts: Facts, paths: Paths, turned: NDArray[np.bool_]) -> Paths:
     """Paths found from the other end, the right way round."""
     flip = turned[paths.query]
     pairs = np.where(flip[:, None], facts.mirror[paths.pairs[:, ::-1]], paths.pairs)

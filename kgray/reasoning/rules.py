@@ -72,12 +72,14 @@ class Rules:
     @property
     def hops(self) -> Int64:
         """Atoms of each body, (n,) int64."""
-        return (self.body != NONE).sum(axis=1)
+        atoms: Int64 = (self.body != NONE).sum(axis=1)
+        return atoms
 
     @property
     def is_path(self) -> NDArray[np.bool_]:
         """(n,) whether the rule names no entity."""
-        return self.constant == NONE
+        unnamed: NDArray[np.bool_] = self.constant == NONE
+        return unnamed
 
     def take(self, chosen: NDArray[np.bool_] | Int64) -> Rules:
         """The rules at the given places."""

@@ -15,7 +15,8 @@ from kgray.reasoning.facts import Facts, Int64, find, spread
 
 def lengths(rows: sparse.csr_array) -> Int64:
     """Entries of each row, (n,) int64."""
-    return np.diff(rows.indptr).astype(np.int64)
+    entries: Int64 = np.diff(rows.indptr).astype(np.int64)
+    return entries
 
 
 def first(facts: Facts, starts: Int64, r1: Int64) -> sparse.csr_array:
@@ -45,8 +46,9 @@ def third(
 
 def reach(facts: Facts, rows: sparse.csr_array, relations: Int64) -> Int64:
     """Most entries each row can have after a step by its relation, (n,) int64: cheap, before any product."""
-    sums = np.concatenate([[0], np.cumsum(facts.degrees[_continued(facts, rows, relations).indices])])
-    return sums[rows.indptr[1:]] - sums[rows.indptr[:-1]]
+    sums: Int64 = np.concatenate([[0], np.cumsum(facts.degrees[_continued(facts, rows, relations).indices])])
+    most: Int64 = sums[rows.indptr[1:]] - sums[rows.indptr[:-1]]
+    return most
 
 
 def _continued(facts: Facts, rows: sparse.csr_array, relations: Int64) -> sparse.csr_array:
