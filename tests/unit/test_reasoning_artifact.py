@@ -6,15 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
-from kgray.artifact import Artifact, Recipe, Store
+from kgray.artifact import Artifact, Draft, Recipe, Store
 from kgray.errors import ArtifactError
 from kgray.evaluation.ranking import filter_splits, rank_triples
 from kgray.graph.graph import SPLITS, Graph
 from kgray.model.bundle import Bundle
-from kgray.reasoning.artifact import rules_recipe, write_rules
+from kgray.reasoning.artifact import mine, rules_recipe, write_rules
 from kgray.reasoning.config import RulesConfig
 from kgray.reasoning.facts import Facts
 from kgray.reasoning.mining import mine_rules
@@ -93,6 +94,31 @@ def test_the_recipe_hangs_on_graph_and_configuration(tmp_path: Path, graph: Grap
     assert recipe.kind == "model"
     assert recipe.version == rules_recipe(store, RulesConfig(), artifact).version
     assert recipe.version != rules_recipe(store, RulesConfig(seed=1), artifact).version
+
+
+def test_mining_a_graph_artifact(tmp_path: Path, graph: Graph):
+    config = RulesConfig(hops=1, max_constant_rules=50)
+
+    def write(draft: Draft) -> None:
+        for name, ids in (("entities/0.parquet", graph.entity_ids), ("relations.parquet", graph.relation_ids)):
+            draft.write_table(name, pa.table({"id": np.arange(len(ids)), "external_id": ids, "name": ids}))
+        for split, rows in graph.triples.items():
+            columns = zip(("head", "relation", "tail"), rows.T, strict=True)
+            draft.write_table(f"triples/{split}/0.parquet", pa.table(dict(columns)))
+
+    store = Store(tmp_path)
+    source = store.build(Recipe("graph", 1), write).artifact
+    recipe = rules_recipe(store, config, source)
+    built = store.build(recipe, lambda draft: mine(draft, config, source)).artifact
+    bundle = Bundle.load(built)
+    expected = scorer_of(graph, config)
+    assert isinstance(bundle.scorer, RuleScorer)
+    assert bundle.scorer.rules.to_table().equals(expected.rules.to_table())
+    assert bundle.graph_version == source.version
+    hops = expected.rules.is_path.sum()
+    assert built.counts["rules"] == len(expected.rules)
+    assert built.counts["rules_1_hop"] == hops
+    assert built.counts["rules_constant"] == len(expected.rules) - hops
 
 
 def test_rules_of_another_graph_are_refused(tmp_path: Path, graph: Graph):
