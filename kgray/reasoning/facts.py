@@ -15,7 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from kgray.errors import TrainingError
+
 Int64 = NDArray[np.int64]
+_MOST_ROWS = 2**31
 
 
 def spread(starts: Int64, lengths: Int64) -> tuple[Int64, Int64]:
@@ -60,12 +63,15 @@ class Facts:
     def build(cls, triples: Int64, num_entities: int, num_relations: int) -> Facts:
         """Index ``triples`` (n, 3) of head, relation, tail; duplicates count once.
 
-        Raises ValueError for an id out of range or a graph whose facts do not fit a 63-bit key.
+        Raises ValueError for an id out of range, TrainingError for a graph too large for :attr:`matrix`.
         """
         triples = np.asarray(triples, dtype=np.int64).reshape(-1, 3)
         n, r = num_entities, num_relations
-        if (2 * r + 1) * n * n >= 2**63:
-            raise ValueError(f"{n} entities and {r} relations do not fit a 63-bit key")
+        # Columns of walks.py are rows of the matrix, 32-bit like its columns; keys of two entities then fit 63 bits.
+        if (2 * r + 1) * n >= _MOST_ROWS:
+            raise TrainingError(
+                f"rules need (2 x relations + 1) x entities below {_MOST_ROWS}; {r} relations and {n} entities are more"
+            )
         limits = np.array([n, r, n])
         if len(triples) and (triples.min() < 0 or bool((triples.max(axis=0) >= limits).any())):
             raise ValueError(f"triple ids outside {n} entities and {r} relations")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kgray.errors import ConfigError
+from kgray.errors import ConfigError, TrainingError
 from kgray.reasoning.config import RulesConfig
 from kgray.reasoning.facts import Facts
 from kgray.reasoning.mining import mine_rules
@@ -103,6 +103,8 @@ def test_graphs_with_next_to_nothing(entities: int, relations: int, count: int):
 def test_wrong_input_is_refused():
     with pytest.raises(ValueError, match="outside 3 entities and 1 relations"):
         Facts.build(np.array([[0, 1, 2]]), 3, 1)
+    with pytest.raises(TrainingError, match="300 relations and 4194304 entities are more"):
+        Facts.build(np.zeros((0, 3), dtype=np.int64), 2**22, 300)
     with pytest.raises(ValueError, match=r"expected some of 0\.\.0"):
         mine_rules(Facts.build(np.array([[0, 0, 2]]), 3, 1), RulesConfig(), [1])
     for key, value in [("hops", 4), ("pessimism", 0.0), ("min_confidence", 1.0), ("top", 0), ("seed", -1)]:
