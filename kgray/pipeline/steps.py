@@ -11,6 +11,7 @@ model.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +22,9 @@ from kgray.lineage.tracking import Run, numeric
 from kgray.model.config import Ablation, ModelConfig, ablation
 from kgray.pipeline.plan import Step, Work
 from kgray.pipeline.settings import Settings
+from kgray.reasoning.config import RulesConfig
 from kgray.text.config import TextConfig
+from kgray.training.config import TrainConfig
 
 ABLATIONS: tuple[Ablation, ...] = ("text_only", "graph_only")
 """Variants trained and measured beside the model when ``evaluate.ablations`` is on."""
@@ -38,11 +41,18 @@ def steps_of(settings: Settings) -> list[Step]:
     if settings.text is not None:
         recipe, make = partial(_embed_recipe, text=settings.text), partial(_embed, text=settings.text)
         steps.append(Step("embed", ("ingest",), recipe, make, ("text",)))
-    variants = ablations_of(settings)
-    for which in variants:
-        steps.append(_train_step(ablation(settings.model, which), f" {which}"))
-        steps.append(_evaluate_step(f"train {which}", f" {which}", ()))
-    steps.append(_train_step(settings.model, ""))
+    measured, mixed = ablations_of(settings), variants_of(settings)
+    for which in ABLATIONS:
+        if which in measured or which in mixed:
+            steps.append(_train_step(ablation(settings.model, which), settings.train, f" {which}"))
+        if which in measured:
+            steps.append(_evaluate_step(f"train {which}", f" {which}", ()))
+    steps.append(_train_step(settings.model, settings.train, ""))
+    for seed in settings.members.seeds:
+        steps.append(_train_step(settings.model, replace(settings.train, seed=seed), f" seed {seed}"))
+    if settings.members.rules is not None:
+        recipe, make = partial(_mine_recipe, rules=settings.members.rules), partial(_mine, rules=settings.members.rules)
+        steps.append(Step("mine", ("ingest",), recipe, make, ("members",)))
     members = members_of(settings)
     steps.append(
         Step(
@@ -54,12 +64,20 @@ def steps_of(settings: Settings) -> list[Step]:
             _register,
         )
     )
-    return [*steps, _evaluate_step(ENSEMBLE, "", variants)]
+    return [*steps, _evaluate_step(ENSEMBLE, "", measured)]
 
 
 def members_of(settings: Settings) -> dict[str, str]:
     """The steps whose models are mixed, by the name a member goes by in reports and explanations."""
-    return {"fused": "train"}
+    found = {"fused": "train"}
+    found |= {which: f"train {which}" for which in variants_of(settings)}
+    found |= {f"seed {seed}": f"train seed {seed}" for seed in settings.members.seeds}
+    return found if settings.members.rules is None else found | {"rules": "mine"}
+
+
+def variants_of(settings: Settings) -> tuple[Ablation, ...]:
+    """The variants that are mixed in: without text the model is its own graph-only variant."""
+    return () if settings.model.text.kind == "none" else settings.members.variants
 
 
 def ablations_of(settings: Settings) -> tuple[Ablation, ...]:
@@ -86,13 +104,13 @@ def targets_of(job: str, settings: Settings) -> list[str]:
     return {"embed": ["embed"], "train": ["train"], "deploy": [ENSEMBLE]}[job]
 
 
-def _train_step(model: ModelConfig, suffix: str) -> Step:
+def _train_step(model: ModelConfig, train: TrainConfig, suffix: str) -> Step:
     """Training one variant of the model. suffix: tells its step from the main one."""
     return Step(
         f"train{suffix}",
         ("ingest", "embed") if model.text.kind != "none" else ("ingest",),
-        partial(_train_recipe, model=model),
-        partial(_train, model=model),
+        partial(_train_recipe, model=model, train=train),
+        partial(_train, model=model, train=train),
         ("model", "train"),
     )
 
@@ -149,20 +167,31 @@ def _vectors(work: Work, model: ModelConfig) -> Artifact | None:
     return work.artifacts["embed"] if model.text.kind != "none" else None
 
 
-def _train_recipe(work: Work, model: ModelConfig) -> Recipe:
+def _train_recipe(work: Work, model: ModelConfig, train: TrainConfig) -> Recipe:
     from kgray.training.distributed import train_recipe
 
-    graph, vectors = work.artifacts["ingest"], _vectors(work, model)
-    return train_recipe(work.store, model, work.settings.train, graph, vectors)
+    return train_recipe(work.store, model, train, work.artifacts["ingest"], _vectors(work, model))
 
 
-def _train(work: Work, draft: Draft, run: Run, model: ModelConfig) -> Mapping[str, Any]:
+def _train(work: Work, draft: Draft, run: Run, model: ModelConfig, train: TrainConfig) -> Mapping[str, Any]:
     from kgray.pipeline.relay import relay
-    from kgray.training.distributed import train
+    from kgray.training import distributed
 
     graph, vectors = work.artifacts["ingest"], _vectors(work, model)
     with relay(run) as on_metrics:
-        return train(draft, work.store, model, work.settings.train, graph, vectors, on_metrics=on_metrics)
+        return distributed.train(draft, work.store, model, train, graph, vectors, on_metrics=on_metrics)
+
+
+def _mine_recipe(work: Work, rules: RulesConfig) -> Recipe:
+    from kgray.reasoning.artifact import rules_recipe
+
+    return rules_recipe(work.store, rules, work.artifacts["ingest"])
+
+
+def _mine(work: Work, draft: Draft, run: Run, rules: RulesConfig) -> Mapping[str, Any]:
+    from kgray.pipeline.mining import mine
+
+    return mine(draft, rules, work.artifacts["ingest"])
 
 
 def _ensemble_recipe(work: Work, members: Mapping[str, str]) -> Recipe:
