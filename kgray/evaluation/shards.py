@@ -215,6 +215,8 @@ def measure(
                 writer.add(ranks)
 
         triples = read_triples(graph, pieces)
+        # The rows of every member are held beside those that are ranked.
+        common["score_budget"] //= 1 + len(watch.members)
         counts = rank_triples(
             watch.scorer, triples, known, tasks=tasks, on_ranks=keep, on_scores=watch.see, **common
         )

@@ -28,6 +28,9 @@ from kgray.model.gate import Gate, Queries, TrainingFacts, part_of, row_features
 
 GATES = "gate.safetensors"
 
+_CELLS = 1 << 25
+"""Scores of members held at once (128 MiB of float32), so that five members need no more memory than one."""
+
 
 class EnsembleScorer:
     """Implements ``Scorer`` over ``members``. gates: by part ("entity", "relation"), over members that can do it.
@@ -106,8 +109,14 @@ class EnsembleScorer:
         return {name: rows[name].gather(1, candidates).float() * w[:, None] for name, w in weights.items()}
 
     def _score(self, task: str, first: Tensor, second: Tensor) -> Tensor:
-        rows = self.rows(task, first, second)
-        return self.fuse(self.weights(task, first, second, rows), rows)
+        width = self.num_relations if task == "relation" else self.num_entities
+        step = max(1, _CELLS // (max(width, 1) * len(self._gate(task).members)))
+        out = torch.empty(len(first), width)
+        for start in range(0, len(first), step):
+            part = first[start : start + step], second[start : start + step]
+            rows = self.rows(task, *part)
+            out[start : start + step] = self.fuse(self.weights(task, *part, rows), rows)
+        return out
 
     def _gate(self, task: str) -> Gate:
         if task not in self.tasks:
