@@ -166,7 +166,7 @@ def calibrate(
     on queries it never saw either."""
     scores = fused(data.scores, choice.weights)
     fitted, measured = {}, {}
-    for side in data.queries.task.unique().tolist():
+    for side in sorted(set(data.queries.task.tolist())):
         task = SIDES[side]
         mine = (data.queries.task == side).numpy()
         fitted[task] = _calibrate(data, scores, np.flatnonzero(mine), task, config, num_relations)
