@@ -106,13 +106,10 @@ class Rows:
 
     def contains(self, row: int, scores: npt.NDArray[Any], known: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
         """(K,) whether candidates are in the answer set; a known one as if it were not known."""
-        inside = np.asarray(scores, dtype=np.float64) >= self.threshold[row]
-        if not np.any(known):
-            return inside
-        found: npt.NDArray[np.bool_] = np.where(
-            known, self._log_softmax(row, scores, known) >= self.log_threshold[row], inside
-        )
-        return found
+        inside: npt.NDArray[np.bool_] = np.asarray(scores, dtype=np.float64) >= self.threshold[row]
+        if np.any(known):
+            inside = np.where(known, self._log_softmax(row, scores, known) >= self.log_threshold[row], inside)
+        return inside
 
     def _log_softmax(self, row: int, scores: npt.NDArray[Any], known: npt.NDArray[np.bool_]) -> Floats:
         own = np.asarray(scores, dtype=np.float64) * self.task.inverse_temperature
@@ -123,7 +120,8 @@ class Rows:
 
 def _best_probability(rows: Rows, row: int) -> Floats:
     log_p = rows.best[row] * rows.task.inverse_temperature - rows.log_sum[row]
-    return np.exp(np.minimum(np.asarray(log_p), 0.0))
+    found: Floats = np.exp(np.minimum(np.asarray(log_p), 0.0))
+    return found
 
 
 @dataclass(frozen=True)

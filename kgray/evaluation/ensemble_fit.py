@@ -202,7 +202,7 @@ def calibrate(
     """Calibration of each task of a part, on ``scores`` (Q, C) by what never saw the query; and how it does, fold by
     fold, on queries it never saw either."""
     fitted, measured = {}, {}
-    for side in data.queries.task.unique().tolist():
+    for side in sorted(set(data.queries.task.tolist())):
         task = SIDES[side]
         mine = (data.queries.task == side).numpy()
         fitted[task] = _calibrate(data, scores, np.flatnonzero(mine), task, config, num_relations)

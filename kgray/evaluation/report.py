@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kgray.artifact import Artifact, Draft
+from kgray.errors import ArtifactNotFoundError
 from kgray.evaluation.baselines import BASELINES
 from kgray.evaluation.config import EvaluateConfig
 from kgray.evaluation.counts import KINDS
@@ -71,12 +72,14 @@ def report_of(
 
 def _history(model: Artifact) -> list[dict[str, float]]:
     """Metrics over the epochs; of an ensemble those of the first member that was trained over epochs."""
-    artifacts = [model, *(Artifact.peek(source.uri) for source in model.inputs if source.kind == "model")]
-    for artifact in artifacts:
-        if "history.json" in artifact.files():
-            found: list[dict[str, float]] = artifact.read_json("history.json")
-            if found:
-                return found
+    for uri in (model.uri, *(source.uri for source in model.inputs if source.kind == "model")):
+        try:
+            artifact = Artifact.peek(uri)
+        except ArtifactNotFoundError:
+            continue  # the storage has moved; the report does without a curve
+        found: list[dict[str, float]] = artifact.read_json("history.json") if "history.json" in artifact.files() else []
+        if found:
+            return found
     return []
 
 

@@ -199,9 +199,9 @@ def measure(
     for name, scorer in prepared.baselines.items():
         tasks = [task for task in config.tasks if task in BASELINES[name].tasks]
         baselines[name] = rank_triples(scorer, read_triples(graph, pieces), known, tasks=tasks, **common)
-    tasks = tasks_of(config, bundle)
-    histogram = {str(task): np.zeros(len(RANK_EDGES), dtype=np.int64) for task in tasks}
-    watch = Watch.of(bundle, config.split, prepared.strata, tasks)
+    asked = tasks_of(config, bundle)
+    histogram = {str(task): np.zeros(len(RANK_EDGES), dtype=np.int64) for task in asked}
+    watch = Watch.of(bundle, config.split, prepared.strata, asked)
     with ExitStack() as stack:
         writer: _RankWriter | None = None
         if config.ranks:
@@ -215,8 +215,10 @@ def measure(
                 writer.add(ranks)
 
         triples = read_triples(graph, pieces)
+        # The rows of every member are held beside those that are ranked.
+        common["score_budget"] //= 1 + len(watch.members)
         counts = rank_triples(
-            watch.scorer, triples, known, tasks=tasks, on_ranks=keep, on_scores=watch.see, **common
+            watch.scorer, triples, known, tasks=asked, on_ranks=keep, on_scores=watch.see, **common
         )
         if writer is not None:
             writer.flush()

@@ -31,6 +31,9 @@ from kgray.model.reranking import Reranker
 GATES = "gate.safetensors"
 BELOW = "not among the best"
 
+_CELLS = 1 << 25
+"""Scores of members held at once (128 MiB of float32), so that five members need no more memory than one."""
+
 
 class EnsembleScorer:
     """Implements ``Scorer`` over ``members``. gates: by part ("entity", "relation"), over members that can do it.
@@ -141,7 +144,13 @@ class EnsembleScorer:
         return found
 
     def _score(self, task: str, first: Tensor, second: Tensor) -> Tensor:
-        return self.finish(task, first, second, self.rows(task, first, second))
+        width = self.num_relations if task == "relation" else self.num_entities
+        step = max(1, _CELLS // (max(width, 1) * len(self._gate(task).members)))
+        out = torch.empty(len(first), width)
+        for start in range(0, len(first), step):
+            part = first[start : start + step], second[start : start + step]
+            out[start : start + step] = self.finish(task, *part, self.rows(task, *part))
+        return out
 
     def _gate(self, task: str) -> Gate:
         if task not in self.tasks:

@@ -88,7 +88,8 @@ class TrainingFacts:
     def keys(self, task: str, first: Tensor, second: Tensor) -> npt.NDArray[np.int64]:
         """One number a query; first and second (B,) are the given parts in the order head, relation, tail."""
         width = self.num_relations if task == "tail" else self.num_entities
-        return first.numpy().astype(np.int64) * width + second.numpy()
+        keys: npt.NDArray[np.int64] = first.numpy().astype(np.int64) * width + second.numpy()
+        return keys
 
     def levels(self, task: str, first: Tensor, second: Tensor) -> Tensor:
         """(B, 3) int64: which of LEVELS hold, each query one of each kind."""

@@ -162,7 +162,7 @@ def inverse_temperature(scores: Tensor, log_weight: Tensor) -> float:
 def scales_of(data: Candidates) -> Tensor:
     """(3, M) inverse temperatures of each member at each task; 0 where it says nothing there."""
     scale = torch.zeros(len(SIDES), len(data.members))
-    for task in data.queries.task.unique().tolist():
+    for task in sorted(set(data.queries.task.tolist())):
         rows = data.queries.task == task
         for member in range(len(data.members)):
             scale[task, member] = inverse_temperature(data.scores[rows, :, member], data.log_weight[rows])

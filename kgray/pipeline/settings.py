@@ -71,6 +71,7 @@ class Settings:
         # `text: null` alone must do: a model that would read text is then the same model without its text
         # side. Frozen only towards others: this is the one place where the tree is still being made.
         if self.train.seed in self.members.seeds:
-            raise ConfigError("members.seeds", list(self.members.seeds), f"seeds other than train.seed={self.train.seed}")
+            expected = f"seeds other than train.seed={self.train.seed}"
+            raise ConfigError("members.seeds", list(self.members.seeds), expected)
         if self.text is None and self.model.text.kind != "none":
             object.__setattr__(self, "model", ablation(self.model, "graph_only"))

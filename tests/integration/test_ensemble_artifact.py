@@ -20,6 +20,7 @@ from kgray.evaluation.config import EnsembleConfig, EvaluateConfig
 from kgray.evaluation.ensemble import ensemble_recipe
 from kgray.evaluation.ensemble_fit import gather, prepare, write_ensemble
 from kgray.evaluation.ranking import filter_splits, rank_triples
+from kgray.evaluation.report import report_of, write_report
 from kgray.evaluation.shards import Piece, measure, plan
 from kgray.evaluation.shards import prepare as prepare_ranking
 from kgray.graph.graph import Graph
@@ -91,6 +92,17 @@ def test_members_are_ranked_by_the_rows_that_were_mixed(
         assert mine.metrics() == pytest.approx(want.metrics(), abs=0.02), name
     assert set(measured.reliability) == {"tail", "head", "relation"}
     assert all(one.count == len(triples) for one in measured.reliability.values())
+
+    # And the report says all of it.
+    report = report_of(config, artifact, graph, measured, {}, 1.0)
+    write_report(Draft(str(tmp_path / "report")), report)
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert (tmp_path / "report" / "plots" / "reliability.svg").stat().st_size
+    for text in ("wide", "narrow", "How the members were mixed", "entity answers: ", "for 90% of queries"):
+        assert text in page, text
+    assert report["members"]["wide"]["version"] == members["wide"].version
+    assert report["history"], "of the first member"
+    assert 0 <= report["metrics"]["test.both.calibration.coverage"] <= 1
 
 
 def test_served_probabilities_and_sets_are_those_that_were_measured(

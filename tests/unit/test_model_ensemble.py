@@ -14,6 +14,7 @@ from torch.nn.functional import softplus
 from kgray.errors import NonFiniteError
 from kgray.evaluation.ranking import rank_triples
 from kgray.graph.filter_index import FilterIndex
+from kgray.model import ensemble as ensemble_module
 from kgray.model.candidates import collect, thin
 from kgray.model.ensemble import EnsembleScorer, score
 from kgray.model.gate import FEATURES, LEVELS, Gate, TrainingFacts, row_features
@@ -226,3 +227,13 @@ def test_gates_and_facts_come_back_from_their_arrays() -> None:
     again = TrainingFacts.from_arrays(facts.to_arrays())
     h, r, _ = torch.from_numpy(VALID).unbind(1)
     assert torch.equal(facts.levels("tail", h, r), again.levels("tail", h, r))
+
+
+def test_a_batch_worked_off_in_slices_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    members = {name: table(VALID, signal=(1, 2), seed=i) for i, name in enumerate("abc")}
+    facts = TrainingFacts.of(TRAIN, ENTITIES, RELATIONS)
+    ensemble = EnsembleScorer(members, {"entity": random_gate(0)}, facts)
+    h, r, _ = torch.from_numpy(VALID[:40]).unbind(1)
+    whole = ensemble.score_tails(h, r)
+    monkeypatch.setattr(ensemble_module, "_CELLS", 7 * ENTITIES * 3)
+    torch.testing.assert_close(ensemble.score_tails(h, r), whole)

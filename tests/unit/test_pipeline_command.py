@@ -129,18 +129,18 @@ def test_storage_follows_the_environment_and_lies_outside_the_checkout_by_defaul
         ("embed", [], ["ingest", "embed"]),
         ("train", [], ["ingest", "embed", "train"]),
         ("train", ["text=null"], ["ingest", "train"]),
-        ("deploy", [], ["ingest", "embed", "train"]),
-        ("evaluate", [], ["ingest", "embed", "train", "evaluate"]),
+        ("deploy", [], ["ingest", "embed", "train", "ensemble"]),
+        ("evaluate", [], ["ingest", "embed", "train", "ensemble", "evaluate"]),
         (
             "evaluate",
             ["evaluate.ablations=true"],
             [
                 *("ingest", "embed", "train text_only", "evaluate text_only"),
-                *("train graph_only", "evaluate graph_only", "train", "evaluate"),
+                *("train graph_only", "evaluate graph_only", "train", "ensemble", "evaluate"),
             ],
         ),
-        ("evaluate", ["evaluate.ablations=true", "text=null"], ["ingest", "train", "evaluate"]),
-        ("pipeline", [], ["ingest", "embed", "train", "evaluate"]),
+        ("evaluate", ["evaluate.ablations=true", "text=null"], ["ingest", "train", "ensemble", "evaluate"]),
+        ("pipeline", [], ["ingest", "embed", "train", "ensemble", "evaluate"]),
     ],
 )
 def test_a_job_asks_for_its_steps_and_what_they_need(job, overrides, steps):
