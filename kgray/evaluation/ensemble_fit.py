@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,17 @@ def members_of(part: str, bundles: Mapping[str, Bundle]) -> list[str]:
     return [name for name, bundle in bundles.items() if set(PARTS[part]) <= set(bundle.tasks)]
 
 
+@dataclass
+class _Fitted:
+    """What has been fitted so far, of all parts."""
+
+    gates: dict[str, Gate] = field(default_factory=dict)
+    reranker: Reranker | None = None
+    told: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    tasks: dict[str, TaskCalibration] = field(default_factory=dict)
+
+
 def write_ensemble(
     folder: Path,
     config: EnsembleConfig,
@@ -113,63 +124,63 @@ def write_ensemble(
     shared: Shared,
     gathered: Sequence[Mapping[str, Sequence[Candidates]]],
 ) -> dict[str, Any]:
-    """Fit gates and calibration to what :func:`gather` found, write the artifact's files; returns its counts.
+    """Fit gates, second look and calibration to what :func:`gather` found, write the artifact's files; returns its
+    counts.
 
     Where there are no validation triples nothing can be fitted: the first member answers alone, uncalibrated.
     """
     loaded, bundles = Graph.load(graph), _open(members, graph)
-    gates: dict[str, Gate] = {}
-    looked: Reranker | None = None
-    told: dict[str, Any] = {}
-    metrics: dict[str, float] = {}
-    tasks: dict[str, TaskCalibration] = {}
+    found = _Fitted()
     for part in PARTS:
         able = tuple(members_of(part, bundles))
         parts = [candidates for one in gathered for candidates in one[part]]
-        if not able:
-            continue
-        if not parts:
-            gates[part] = Gate.single(able, able[0], torch.ones(len(SIDES), len(able)))
-            told[part] = {"reason": f"{part} answers: {able[0]} alone, as there are no validation triples"}
-            log.warning("ensemble: %s", told[part]["reason"])
-            continue
-        data = Candidates.concatenate(parts)
-        choice = choose_gate(
-            data,
-            folds=config.folds,
-            shrinkage=config.shrinkage,
-            seed=config.seed,
-            directions=2 * loaded.num_relations,
-        )
-        gates[part], told[part] = choice.gate, choice.to_json()
-        metrics[METRICS[part]] = choice.mrr
-        scores = fused(data.scores, choice.weights)
-        if part == "entity" and config.second_look is not None:
-            second = _look_again(config, config.second_look, graph, loaded, data, scores, choice)
-            told["second_look"] = second.to_json()
-            looked, scores, metrics[METRICS[part]] = second.reranker, second.scores, second.mrr
-        fitted, measured = calibrate(data, choice, scores, config, loaded.num_relations)
-        tasks |= fitted
-        metrics |= metrics_of(measured, "valid")
-    if not gates:
+        if able and parts:
+            _fit_part(found, part, config, graph, loaded, Candidates.concatenate(parts))
+        elif able:
+            found.gates[part] = Gate.single(able, able[0], torch.ones(len(SIDES), len(able)))
+            found.told[part] = {"reason": f"{part} answers: {able[0]} alone, as there are no validation triples"}
+            log.warning("ensemble: %s", found.told[part]["reason"])
+    if not found.gates:
         raise ValueError("no member answers any task")
     info = {
         "members": describe(members, {name: bundle.tasks for name, bundle in bundles.items()}),
         "gate": {
-            "members": {part: list(gate.members) for part, gate in gates.items()},
-            "chosen": told,
-            "second_look": None if looked is None else looked.write(folder),
+            "members": {part: list(gate.members) for part, gate in found.gates.items()},
+            "chosen": found.told,
+            "second_look": None if found.reranker is None else found.reranker.write(folder),
         },
-        "metrics": metrics,
+        "metrics": found.metrics,
         "alpha": config.alpha,
     }
     write_common(folder, "ensemble", loaded, info)
-    write_gates(folder, gates, shared.facts)
-    if tasks:
-        text = json.dumps(Calibration(config.alpha, tasks).to_json(), allow_nan=False)
+    write_gates(folder, found.gates, shared.facts)
+    if found.tasks:
+        text = json.dumps(Calibration(config.alpha, found.tasks).to_json(), allow_nan=False)
         (folder / CALIBRATION).write_text(text + "\n")
     sizes = {"entities": loaded.num_entities, "relations": loaded.num_relations, "members": len(members)}
-    return sizes | metrics
+    return sizes | found.metrics
+
+
+def _fit_part(
+    into: _Fitted, part: str, config: EnsembleConfig, graph: Artifact, loaded: Graph, data: Candidates
+) -> None:
+    """Gate, second look and calibration of entity or of relation queries."""
+    choice = choose_gate(
+        data,
+        folds=config.folds,
+        shrinkage=config.shrinkage,
+        seed=config.seed,
+        directions=2 * loaded.num_relations,
+    )
+    into.gates[part], into.told[part] = choice.gate, choice.to_json()
+    scores, mrr = fused(data.scores, choice.weights), choice.mrr
+    if part == "entity" and config.second_look is not None:
+        second = _look_again(config, config.second_look, graph, loaded, data, scores, choice)
+        into.told["second_look"], into.reranker = second.to_json(), second.reranker
+        scores, mrr = second.scores, second.mrr
+    fitted, measured = calibrate(data, choice, scores, config, loaded.num_relations)
+    into.tasks |= fitted
+    into.metrics |= {METRICS[part]: mrr} | metrics_of(measured, "valid")
 
 
 def _look_again(

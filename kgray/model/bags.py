@@ -45,7 +45,8 @@ class Bags:
     def totals(self) -> Float32:
         """(N,) weight of every whole bag, values left aside."""
         whole = np.concatenate([[0.0], np.cumsum(self.weights[self.items], dtype=np.float64)])
-        return (whole[self.offsets[1:]] - whole[self.offsets[:-1]]).astype(np.float32)
+        total: Float32 = (whole[self.offsets[1:]] - whole[self.offsets[:-1]]).astype(np.float32)
+        return total
 
     def expand(self, rows: Int64, most: int | None = None) -> tuple[Int64, Int64]:
         """Entries of B bags: (place in ``rows``, position in ``items``), both int64; at most the first ``most`` of a

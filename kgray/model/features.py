@@ -105,7 +105,7 @@ class CandidateFeatures:
         shared = overlap(flat_texts, anchors, flat_texts, candidates)
         shorter = np.minimum(text[anchors][:, None], text[candidates])
         same = (alike > 0.999).astype(np.float32)
-        columns = [same, alike, said, early, says, says_early, shared / shorter]
+        columns: list[NDArray[Any]] = [same, alike, said, early, says, says_early, shared / shorter]
         return [column.astype(np.float32) for column in columns]
 
     def to_arrays(self) -> dict[str, NDArray[Any]]:

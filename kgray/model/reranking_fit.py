@@ -124,7 +124,7 @@ def _look(data: Candidates, scores: Tensor, scale: Tensor, features: CandidateFe
     head, relation, tail = data.triples.unbind(1)
     for side, (anchor, tails) in enumerate(((head, True), (tail, False))):
         mine = (data.queries.task == side).nonzero().squeeze(1)
-        for rows in mine.split(_ROWS):
+        for rows in torch.split(mine, _ROWS):  # type: ignore[no-untyped-call]
             given = (anchor[rows].numpy(), relation[rows].numpy(), ids[rows].numpy())
             pairs[rows] = torch.from_numpy(features(*given, tails=tails))
     x = torch.cat([gaps(gathered.float(), valid), pairs], dim=-1)
@@ -153,7 +153,7 @@ def _fit(
         optimiser = torch.optim.AdamW(model.parameters(), lr=_RATE, weight_decay=1e-3)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, _RATE * 2, total_steps=steps + 1)
         for _ in range(epochs):
-            for batch in torch.randperm(len(rows)).split(_BATCH):
+            for batch in torch.split(torch.randperm(len(rows)), _BATCH):  # type: ignore[no-untyped-call]
                 scores = model(x[batch], where[batch]).masked_fill(~valid[batch], -torch.inf)
                 loss = torch.nn.functional.cross_entropy(scores, gold[batch])
                 # A prior that draws every direction's weights to the common ones.

@@ -129,18 +129,24 @@ def test_storage_follows_the_environment_and_lies_outside_the_checkout_by_defaul
         ("embed", [], ["ingest", "embed"]),
         ("train", [], ["ingest", "embed", "train"]),
         ("train", ["text=null"], ["ingest", "train"]),
-        ("deploy", [], ["ingest", "embed", "train", "ensemble"]),
-        ("evaluate", [], ["ingest", "embed", "train", "ensemble", "evaluate"]),
+        ("deploy", [], ["ingest", "embed", "train", "mine", "ensemble"]),
+        ("evaluate", [], ["ingest", "embed", "train", "mine", "ensemble", "evaluate"]),
         (
             "evaluate",
             ["evaluate.ablations=true"],
             [
                 *("ingest", "embed", "train text_only", "evaluate text_only"),
-                *("train graph_only", "evaluate graph_only", "train", "ensemble", "evaluate"),
+                *("train graph_only", "evaluate graph_only", "train", "mine", "ensemble", "evaluate"),
             ],
         ),
-        ("evaluate", ["evaluate.ablations=true", "text=null"], ["ingest", "train", "ensemble", "evaluate"]),
-        ("pipeline", [], ["ingest", "embed", "train", "ensemble", "evaluate"]),
+        ("evaluate", ["evaluate.ablations=true", "text=null"], ["ingest", "train", "mine", "ensemble", "evaluate"]),
+        ("deploy", ["members.rules=null"], ["ingest", "embed", "train", "ensemble"]),
+        (
+            "deploy",
+            ["members.variants=[text_only]", "members.seeds=[4]"],
+            ["ingest", "embed", "train", "train text_only", "train seed 4", "mine", "ensemble"],
+        ),
+        ("pipeline", [], ["ingest", "embed", "train", "mine", "ensemble", "evaluate"]),
     ],
 )
 def test_a_job_asks_for_its_steps_and_what_they_need(job, overrides, steps):
