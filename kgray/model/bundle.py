@@ -45,6 +45,7 @@ FORMAT = 1
 
 FAMILIES: Mapping[str, str] = {
     "fused": "kgray.model.states:load_states",
+    "paths": "kgray.model.path_scorer:load_paths",
 }
 """Where each family of model is opened: ``module:function``, called with the artifact and its config.json. Named, not
 imported, so that a family costs nothing where it is not used."""
