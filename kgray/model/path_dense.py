@@ -28,25 +28,30 @@ def fits(model: PathModel) -> bool:
     return 2 * model.num_relations * size * size <= LIMIT and (keep is None or keep >= size)
 
 
-def reach(model: PathModel, heads: Tensor, relations: Tensor, removal: Removal | None) -> Reached:
-    """What ``model.forward`` says, for every pair of query and entity."""
-    from kgray.model.paths import Reached
+def reach(
+    model: PathModel, heads: Tensor, relations: Tensor, removal: Removal | None, coarse: torch.dtype | None
+) -> Reached:
+    """What ``model.forward`` says, for every pair of query and entity. coarse: the type that the products of whole
+    adjacency matrices are computed in, or None for that of the states."""
+    from kgray.model.paths import PathLayer, Reached
 
     size, count = model.num_entities, len(heads)
     vectors = model.queries(relations)
     queries = vectors.T
     edges = adjacency(model.graph, None if removal is None else removal.everywhere)
     near = edges.sum(0)
+    edges = edges if coarse is None else edges.to(coarse)
     gone = _withheld(model.graph, removal, count)
     source = torch.arange(count, device=heads.device) * size + heads
     here = torch.zeros(count * size, device=heads.device)
     here[source] = 1.0
     hidden = queries.new_zeros(model.config.dim, count * size).index_copy(1, source, queries)
     for layer in model.layers:
-        incoming = _incoming(layer, hidden, queries, edges, gone, size)  # type: ignore[arg-type]
+        assert isinstance(layer, PathLayer)
+        incoming = _incoming(layer, hidden, queries, edges, gone, size, coarse)
         incoming = incoming.index_add(1, source, queries)
         update = layer.incoming.weight @ incoming + layer.own.weight @ hidden + layer.incoming.bias[:, None]
-        update = torch.relu(_norm(layer, update))  # type: ignore[arg-type]
+        update = torch.relu(_norm(layer, update))
         hidden = hidden + layer.dropout(update)
         here = _spread(here, near, gone, size)
         hidden = hidden * here
@@ -100,29 +105,37 @@ def _incoming(
     edges: Tensor,
     gone: tuple[Tensor, Tensor, Tensor] | None,
     size: int,
+    coarse: torch.dtype | None,
 ) -> Tensor:
     """(d, B * N) states -> (d, B * N) sums of messages."""
     dim, count = queries.shape
     vectors = layer.relations.T
-    if not layer.patterns:
-        total = torch.bmm(hidden.view(dim, count, size), (vectors @ edges).view(dim, size, size)).view(dim, -1)
-        if gone is None:
-            return total
-        source, target, relation = gone
-        return total.index_add(1, target, -hidden.index_select(1, source) * vectors.index_select(1, relation))
-    gates = (layer.gate.weight @ hidden + layer.gate.bias[:, None]).view(-1, count, size)
-    gates = torch.sigmoid(gates + (layer.gate_query.weight @ queries)[:, :, None])
-    total = torch.zeros_like(hidden).view(dim, count, size)
-    for k in range(layer.patterns):
-        between = ((vectors * layer.speech[:, k]) @ edges).view(dim, size, size)
-        total = torch.baddbmm(total, hidden.view(dim, count, size) * gates[k], between)
+    states = hidden.view(dim, count, size)
+    if layer.patterns:
+        gates = (layer.gate.weight @ hidden + layer.gate.bias[:, None]).view(-1, count, size)
+        gates = torch.sigmoid(gates + (layer.gate_query.weight @ queries)[:, :, None])
+        total = torch.zeros_like(states)
+        for k in range(layer.patterns):
+            total = total + _heard(states * gates[k], vectors * layer.speech[:, k], edges, coarse)
+    else:
+        total = _heard(states, vectors, edges, coarse)
     total = total.view(dim, -1)
     if gone is None:
         return total
     source, target, relation = gone
-    spoken = gates.reshape(layer.patterns, -1).index_select(1, source) * layer.speech.T.index_select(1, relation)
-    messages = hidden.index_select(1, source) * vectors.index_select(1, relation) * spoken.sum(0)
+    messages = hidden.index_select(1, source) * vectors.index_select(1, relation)
+    if layer.patterns:
+        spoken = gates.view(layer.patterns, -1).index_select(1, source) * layer.speech.T.index_select(1, relation)
+        messages = messages * spoken.sum(0)
     return total.index_add(1, target, -messages)
+
+
+def _heard(states: Tensor, vectors: Tensor, edges: Tensor, coarse: torch.dtype | None) -> Tensor:
+    """(d, B, N) states, (d, 2R) relation vectors, (2R, N * N) edges -> (d, B, N) sums of messages, unweighed."""
+    size = states.shape[2]
+    if coarse is None:
+        return torch.bmm(states, (vectors @ edges).view(-1, size, size))
+    return torch.bmm(states.to(coarse), (vectors.to(coarse) @ edges).view(-1, size, size)).float()
 
 
 def _norm(layer: PathLayer, x: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 Every edge of every hop gets a weight of one; the gradient of the answer's score by these weights says how much the
 score hangs on each edge at each hop. A path's weight is the mean of its edges'; the best are found by beam search over
-the hops, on each of which a path either goes on or stays where it is.
+the hops, on each of which a path either goes on or stays where it is. A weight near zero or below says that the model
+is sure of the answer without more of this path, not that the path is wrong.
 """
 
 from __future__ import annotations
@@ -50,13 +51,14 @@ def best_paths(model: PathModel, head: int, relation: int, tail: int, limit: int
     ):
         if not 0 <= value < size:
             raise ValueError(f"{what} id {value} outside 0..{size - 1}")
-    hops = _edge_weights(model, head, relation, tail)
+    hops = _towards(_edge_weights(model, head, relation, tail), tail)
     found = _beam(hops, head, tail, max(limit, BEAM))
     return [ScoredPath(tuple(_step(edge, model.num_relations) for edge in path), w) for path, w in found[:limit]]
 
 
 def _edge_weights(model: PathModel, head: int, relation: int, tail: int) -> list[dict[int, list[tuple[Edge, float]]]]:
-    """For each hop, by source entity, the edges whose weight the score grows with and by how much."""
+    """For each hop, by source entity, the edges and how much the score grows with the weight of each; [] where no
+    path reaches the tail."""
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
@@ -81,19 +83,29 @@ def _edge_weights(model: PathModel, head: int, relation: int, tail: int) -> list
             gradients = torch.autograd.grad(reached.scores[place].sum(), weights, allow_unused=True)
     finally:
         model.train(was_training)
-    return [_positive(gradient, *ids) for gradient, (_, *ids) in zip(gradients, taken, strict=True)]
+    return [_by_source(gradient, *ids) for gradient, (_, *ids) in zip(gradients, taken, strict=True)]
 
 
-def _positive(
+def _by_source(
     gradient: Tensor | None, source: Tensor, relation: Tensor, target: Tensor
 ) -> dict[int, list[tuple[Edge, float]]]:
     edges: dict[int, list[tuple[Edge, float]]] = defaultdict(list)
-    if gradient is not None:
-        kept = torch.nonzero(gradient > 0).squeeze(1)
-        columns = [part[kept].tolist() for part in (source, relation, target, gradient)]
-        for s, r, t, value in zip(*columns, strict=True):
-            edges[s].append(((s, r, t), value))
+    values = torch.zeros(len(source)) if gradient is None else gradient
+    columns = [part.tolist() for part in (source, relation, target, values)]
+    for s, r, t, value in zip(*columns, strict=True):
+        edges[s].append(((s, r, t), value))
     return edges
+
+
+def _towards(hops: list[dict[int, list[tuple[Edge, float]]]], tail: int) -> list[dict[int, list[tuple[Edge, float]]]]:
+    """The edges from which the tail can still be reached in the hops that are left."""
+    kept: list[dict[int, list[tuple[Edge, float]]]] = []
+    ahead = {tail}
+    for edges in reversed(hops):
+        useful = {s: [item for item in items if item[0][2] in ahead] for s, items in edges.items()}
+        kept.append({s: items for s, items in useful.items() if items})
+        ahead = ahead | kept[-1].keys()
+    return kept[::-1]
 
 
 def _beam(

@@ -151,10 +151,12 @@ class PathModel(nn.Module):
         sparse: whether to go edge by edge; None takes what is quicker for this graph. The result is the same.
         """
         dense = path_dense.fits(self) if sparse is None else not sparse
-        # Sums over hundreds of edges and a softmax over all entities: bfloat16 would gain nothing at these widths.
-        with torch.autocast(heads.device.type, enabled=False):
+        kind = heads.device.type
+        # Products of whole adjacency matrices gain by bfloat16; sums over edges and products of this width do not.
+        coarse = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        with torch.autocast(kind, enabled=False):
             if dense:
-                return path_dense.reach(self, heads, relations, removal)
+                return path_dense.reach(self, heads, relations, removal, coarse)
             at, hidden, queries = self.start(heads, relations)
             for layer in self.layers:
                 hop = take_hop(self.graph, at, removal)
