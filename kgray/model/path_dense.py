@@ -33,7 +33,7 @@ def reach(
 ) -> Reached:
     """What ``model.forward`` says, for every pair of query and entity. coarse: the type that the products of whole
     adjacency matrices are computed in, or None for that of the states."""
-    from kgray.model.paths import PathLayer, Reached
+    from kgray.model.paths import Reached
 
     size, count = model.num_entities, len(heads)
     vectors = model.queries(relations)
@@ -46,8 +46,7 @@ def reach(
     here = torch.zeros(count * size, device=heads.device)
     here[source] = 1.0
     hidden = queries.new_zeros(model.config.dim, count * size).index_copy(1, source, queries)
-    for layer in model.layers:
-        assert isinstance(layer, PathLayer)
+    for layer in model.hops:
         incoming = _incoming(layer, hidden, queries, edges, gone, size, coarse)
         incoming = incoming.index_add(1, source, queries)
         update = layer.incoming.weight @ incoming + layer.own.weight @ hidden + layer.incoming.bias[:, None]

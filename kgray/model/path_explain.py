@@ -67,7 +67,7 @@ def _edge_weights(model: PathModel, head: int, relation: int, tail: int) -> list
             query = torch.tensor([head], device=device), torch.tensor([relation], device=device)
             at, hidden, queries = model.start(*query)
             taken: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-            for layer in model.layers:
+            for layer in model.hops:
                 hop = take_hop(model.graph, at, None)
                 weight = torch.ones(len(hop.edge), device=device, requires_grad=True)
                 hidden = layer(hidden, queries, at, hop, weight)

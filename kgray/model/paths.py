@@ -16,6 +16,7 @@ the score of a zero state, so that a softmax over all entities stays exact witho
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -117,7 +118,8 @@ class PathLayer(nn.Module):
         incoming = gather_in(message, hop, weight)
         incoming = incoming.index_add(0, hop.after.source, queries)
         update = self.incoming(incoming) + carry(self.own(hidden), hop)
-        return carry(hidden, hop) + self.dropout(torch.relu(self.norm(update)))
+        added: Tensor = self.dropout(torch.relu(self.norm(update)))
+        return carry(hidden, hop) + added
 
 
 class PathModel(nn.Module):
@@ -143,6 +145,11 @@ class PathModel(nn.Module):
     def num_entities(self) -> int:
         return self.graph.num_entities
 
+    @property
+    def hops(self) -> list[PathLayer]:
+        """The layers, typed."""
+        return cast("list[PathLayer]", list(self.layers))
+
     def forward(
         self, heads: Tensor, relations: Tensor, removal: Removal | None = None, *, sparse: bool | None = None
     ) -> Reached:
@@ -158,7 +165,7 @@ class PathModel(nn.Module):
             if dense:
                 return path_dense.reach(self, heads, relations, removal, coarse)
             at, hidden, queries = self.start(heads, relations)
-            for layer in self.layers:
+            for layer in self.hops:
                 hop = take_hop(self.graph, at, removal)
                 hidden = layer(hidden, queries, at, hop)
                 at, hidden = self.prune(layer.priority, hidden, queries, hop.after)

@@ -46,15 +46,15 @@ class PathBatchMaker(StepMaker[PathBatch]):
         positions = self._positions(epoch, step)
         heads, relations, tails = self.triples[positions].T
         known_query, known_entity = self.other_answers(heads, relations, tails)
-        arrays = (
-            np.concatenate([heads, tails]),
-            np.concatenate([relations, relations + self.known.num_relations]),
-            np.concatenate([tails, heads]),
-            np.concatenate([positions, positions]),
-            known_query,
-            known_entity,
+        return PathBatch(
+            head=torch.from_numpy(np.concatenate([heads, tails])),
+            relation=torch.from_numpy(np.concatenate([relations, relations + self.known.num_relations])),
+            tail=torch.from_numpy(np.concatenate([tails, heads])),
+            triple=torch.from_numpy(np.concatenate([positions, positions])),
+            known_query=torch.from_numpy(known_query),
+            known_entity=torch.from_numpy(known_entity),
+            withheld=self._withheld(epoch, step, positions),
         )
-        return PathBatch(*(torch.from_numpy(array) for array in arrays), self._withheld(epoch, step, positions))
 
     def _withheld(self, epoch: int, step: int, positions: Int64) -> Tensor | None:
         """(T,) bool, or None for nothing."""
