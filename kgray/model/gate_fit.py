@@ -70,7 +70,7 @@ class Tried:
     error: float
 
     def to_json(self) -> dict[str, Any]:
-        return {"gate": self.variant, "mrr": self.mrr, "behind_best": self.behind, "standard_error": self.error}
+        return {"variant": self.variant, "mrr": self.mrr, "behind_best": self.behind, "standard_error": self.error}
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Choice:
     def to_json(self) -> dict[str, Any]:
         """What is told of it in the artifact and in the report."""
         return {
-            "gate": str(self.variant),
+            "chosen": str(self.variant),
             "reason": self.reason,
             "best_single": self.best_single,
             "mrr": self.mrr,

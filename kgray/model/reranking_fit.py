@@ -46,10 +46,11 @@ class Kind:
 class SecondLook:
     """What was chosen. scores (Q, C): every query's candidates as a second look that never saw its fold scores them.
 
-    reranker: None where none is taken. mrr: cross-validated; reason: in words.
+    reranker: None where none is taken. chosen: its name among ``tried``. mrr: cross-validated; reason: in words.
     """
 
     reranker: Reranker | None
+    chosen: str
     scores: Tensor
     mrr: float
     tried: tuple[Tried, ...]
@@ -57,7 +58,7 @@ class SecondLook:
 
     def to_json(self) -> dict[str, Any]:
         """What is told of it in the artifact and in the report."""
-        return {"reason": self.reason, "mrr": self.mrr, "tried": [one.to_json() for one in self.tried]}
+        return {"chosen": self.chosen, "reason": self.reason, "mrr": self.mrr, "tried": [one.to_json() for one in self.tried]}
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def fit_second_look(
         everything = torch.arange(len(data))
         model, centre, spread = _fit(looked, everything, own_hidden, directions, seed)
         reranker = Reranker(count, data.members, features, model, scale[:2], centre, spread)
-    return SecondLook(reranker, out[chosen], float(ranks[chosen].mean()), tuple(tried), reason)
+    return SecondLook(reranker, str(kinds[chosen]), out[chosen], float(ranks[chosen].mean()), tuple(tried), reason)
 
 
 def _look(data: Candidates, scores: Tensor, scale: Tensor, features: CandidateFeatures, count: int) -> _Looked:

@@ -9,6 +9,7 @@ from kgray.errors import ConfigError
 from kgray.evaluation.config import EnsembleConfig, EvaluateConfig
 from kgray.lineage.config import LineageConfig
 from kgray.model.config import Ablation, ModelConfig, ablation
+from kgray.model.paths_config import PathsConfig
 from kgray.reasoning.config import RulesConfig
 from kgray.runtime import RayConfig
 from kgray.serving.config import ServeConfig
@@ -32,6 +33,14 @@ class StorageConfig:
 
 
 @configuration
+class PathsMember:
+    """A path model mixed in. It learns from smaller batches at a higher rate than the main one: say 32 and 0.005."""
+
+    model: PathsConfig = option(PathsConfig, "The path model.")
+    train: TrainConfig = option(TrainConfig, "How it is trained.")
+
+
+@configuration
 class MembersConfig:
     """The models that are mixed with the main one; see ensemble."""
 
@@ -40,6 +49,9 @@ class MembersConfig:
     )
     seeds: tuple[int, ...] = option((), "Seeds of further trainings of the same model (bagging).")
     rules: RulesConfig | None = option(RulesConfig, "Rules mined from training facts; null: none.")
+    paths: PathsMember | None = option(
+        None, "A path model: messages from the entity a query names along every path at once; null: none."
+    )
 
     def __post_init__(self) -> None:
         for key in ("variants", "seeds"):

@@ -25,6 +25,7 @@ from kgray.pipeline.settings import Settings
 from kgray.reasoning.config import RulesConfig
 from kgray.text.config import TextConfig
 from kgray.training.config import TrainConfig
+from kgray.training.families import TrainableConfig
 
 ABLATIONS: tuple[Ablation, ...] = ("text_only", "graph_only")
 """Variants trained and measured beside the model when ``evaluate.ablations`` is on."""
@@ -50,6 +51,8 @@ def steps_of(settings: Settings) -> list[Step]:
     steps.append(_train_step(settings.model, settings.train, ""))
     for seed in settings.members.seeds:
         steps.append(_train_step(settings.model, replace(settings.train, seed=seed), f" seed {seed}"))
+    if settings.members.paths is not None:
+        steps.append(_train_step(settings.members.paths.model, settings.members.paths.train, " paths"))
     if settings.members.rules is not None:
         recipe, make = partial(_mine_recipe, rules=settings.members.rules), partial(_mine, rules=settings.members.rules)
         steps.append(Step("mine", ("ingest",), recipe, make, ("members",)))
@@ -72,6 +75,8 @@ def members_of(settings: Settings) -> dict[str, str]:
     found = {"fused": "train"}
     found |= {which: f"train {which}" for which in variants_of(settings)}
     found |= {f"seed {seed}": f"train seed {seed}" for seed in settings.members.seeds}
+    if settings.members.paths is not None:
+        found["paths"] = "train paths"
     return found if settings.members.rules is None else found | {"rules": "mine"}
 
 
@@ -104,11 +109,11 @@ def targets_of(job: str, settings: Settings) -> list[str]:
     return {"embed": ["embed"], "train": ["train"], "deploy": [ENSEMBLE]}[job]
 
 
-def _train_step(model: ModelConfig, train: TrainConfig, suffix: str) -> Step:
-    """Training one variant of the model. suffix: tells its step from the main one."""
+def _train_step(model: TrainableConfig, train: TrainConfig, suffix: str) -> Step:
+    """Training one model. suffix: tells its step from the main one."""
     return Step(
         f"train{suffix}",
-        ("ingest", "embed") if model.text.kind != "none" else ("ingest",),
+        ("ingest", "embed") if _reads_text(model) else ("ingest",),
         partial(_train_recipe, model=model, train=train),
         partial(_train, model=model, train=train),
         ("model", "train"),
@@ -163,17 +168,21 @@ def _embed(work: Work, draft: Draft, run: Run, text: TextConfig) -> Mapping[str,
     return embed(draft, text, work.artifacts["ingest"], work.store)
 
 
-def _vectors(work: Work, model: ModelConfig) -> Artifact | None:
-    return work.artifacts["embed"] if model.text.kind != "none" else None
+def _reads_text(model: TrainableConfig) -> bool:
+    return isinstance(model, ModelConfig) and model.text.kind != "none"
 
 
-def _train_recipe(work: Work, model: ModelConfig, train: TrainConfig) -> Recipe:
+def _vectors(work: Work, model: TrainableConfig) -> Artifact | None:
+    return work.artifacts["embed"] if _reads_text(model) else None
+
+
+def _train_recipe(work: Work, model: TrainableConfig, train: TrainConfig) -> Recipe:
     from kgray.training.distributed import train_recipe
 
     return train_recipe(work.store, model, train, work.artifacts["ingest"], _vectors(work, model))
 
 
-def _train(work: Work, draft: Draft, run: Run, model: ModelConfig, train: TrainConfig) -> Mapping[str, Any]:
+def _train(work: Work, draft: Draft, run: Run, model: TrainableConfig, train: TrainConfig) -> Mapping[str, Any]:
     from kgray.pipeline.relay import relay
     from kgray.training import distributed
 
