@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 _SHARDS_A_WORKER = 2
 _NOT_IDENTITY = ("score_memory_mb",)
 
