@@ -12,12 +12,12 @@ from kgray.errors import ConfigError
 class SecondLookConfig:
     """A second look at the best candidates of an entity query, by shared words, facts and the members' scores."""
 
-    candidates: int = option(100, "Candidates looked at again; at most ensemble.candidates.")
+    candidates: int | None = option(None, "Candidates looked at again; null: as many as ensemble.candidates.")
     hidden: int = option(64, "Width of the perceptron that is tried beside a plain sum of features; 0 tries none.")
 
     def __post_init__(self) -> None:
-        if self.candidates < 2:
-            raise ConfigError("candidates", self.candidates, "at least 2")
+        if self.candidates is not None and self.candidates < 2:
+            raise ConfigError("candidates", self.candidates, "null or at least 2")
         if self.hidden < 0:
             raise ConfigError("hidden", self.hidden, "0 or more")
 
@@ -46,8 +46,9 @@ class EnsembleConfig:
         for key in ("candidates", "sampled", "queries", "group", "score_memory_mb"):
             if getattr(self, key) < 1:
                 raise ConfigError(key, getattr(self, key), "a positive number")
-        if self.second_look is not None and self.second_look.candidates > self.candidates:
-            raise ConfigError("second_look.candidates", self.second_look.candidates, f"at most {self.candidates}")
+        look = self.second_look
+        if look is not None and look.candidates is not None and look.candidates > self.candidates:
+            raise ConfigError("second_look.candidates", look.candidates, f"at most {self.candidates}")
         if self.folds < 2:
             raise ConfigError("folds", self.folds, "2 or more")
         if not self.shrinkage or any(value <= 0 for value in self.shrinkage):

@@ -200,7 +200,7 @@ def _look_again(
     features = CandidateFeatures.of(loaded, spoken, [text or "" for text in texts])
     return fit_second_look(
         *(data, scores, scales_of(data), choice.fold, features),
-        count=look.candidates,
+        count=look.candidates or config.candidates,
         hidden=look.hidden,
         directions=2 * loaded.num_relations,
         seed=config.seed,

@@ -58,7 +58,8 @@ class SecondLook:
 
     def to_json(self) -> dict[str, Any]:
         """What is told of it in the artifact and in the report."""
-        return {"chosen": self.chosen, "reason": self.reason, "mrr": self.mrr, "tried": [one.to_json() for one in self.tried]}
+        tried = [one.to_json() for one in self.tried]
+        return {"chosen": self.chosen, "reason": self.reason, "mrr": self.mrr, "tried": tried}
 
 
 @dataclass(frozen=True)
