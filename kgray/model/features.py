@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -85,27 +86,41 @@ class CandidateFeatures:
         bags = self.neighbours
         degree = bags.offsets[flat + 1] - bags.offsets[flat]
         # Hubs are cut to their rarest neighbours' end of the list by entity id: a sample, the same every time.
-        ones = Bags(bags.offsets, bags.items, bags.values, np.ones_like(bags.weights))
-        common = overlap(ones, anchors, bags, candidates, most=_MOST_NEIGHBOURS)
+        common = overlap(self._even_neighbours, anchors, bags, candidates, most=_MOST_NEIGHBOURS)
         rare = overlap(bags, anchors, bags, candidates, most=_MOST_NEIGHBOURS)
         counts = [np.log1p(x).astype(np.float32).reshape(shape) for x in (degree, answers, others, edges)]
         return [*counts, np.log1p(common).astype(np.float32), rare]
 
+    @cached_property
+    def _even_neighbours(self) -> Bags:
+        """Every neighbour counting one."""
+        bags = self.neighbours
+        return Bags(bags.offsets, bags.items, bags.values, np.ones_like(bags.weights))
+
+    @cached_property
+    def _whole(self) -> tuple[Bags, Float32, Float32, Float32]:
+        """The words of texts wherever they stand, and the weights of whole names, of their letters, of texts. A bag
+        of no weight shares nothing with anyone."""
+        if self.texts is None:
+            raise ValueError("there are no texts")
+        bags = self.texts.texts
+        even = Bags(bags.offsets, bags.items, np.ones_like(bags.values), bags.weights)
+        totals = (np.maximum(b.totals(), 1e-6) for b in (self.texts.names, self.texts.grams, bags))
+        return (even, *totals)  # type: ignore[return-value]  # three totals
+
     def _words(self, bags: TextBags, anchors: Int64, candidates: Int64) -> list[Float32]:
-        # A whole name of weight zero (no name) shares nothing with anyone.
-        name, gram, text = (np.maximum(b.totals(), 1e-6) for b in (bags.names, bags.grams, bags.texts))
+        even, name, gram, text = self._whole
         grams = overlap(bags.grams, anchors, bags.grams, candidates)
         alike = grams / (gram[anchors][:, None] + gram[candidates] - grams)
-        flat_texts = Bags(bags.texts.offsets, bags.texts.items, np.ones_like(bags.texts.values), bags.texts.weights)
         own, theirs = name[anchors][:, None], name[candidates]
-        said = overlap(flat_texts, anchors, bags.names, candidates) / theirs
+        said = overlap(even, anchors, bags.names, candidates) / theirs
         early = overlap(bags.texts, anchors, bags.names, candidates) / theirs
-        says = overlap(bags.names, anchors, flat_texts, candidates) / own
+        says = overlap(bags.names, anchors, even, candidates) / own
         says_early = overlap(bags.names, anchors, bags.texts, candidates) / own
-        shared = overlap(flat_texts, anchors, flat_texts, candidates)
         shorter = np.minimum(text[anchors][:, None], text[candidates])
+        shared = overlap(even, anchors, even, candidates) / shorter
         same = (alike > 0.999).astype(np.float32)
-        columns: list[NDArray[Any]] = [same, alike, said, early, says, says_early, shared / shorter]
+        columns: list[NDArray[Any]] = [same, alike, said, early, says, says_early, shared]
         return [column.astype(np.float32) for column in columns]
 
     def to_arrays(self) -> dict[str, NDArray[Any]]:
