@@ -48,7 +48,7 @@ def test_without_mlflow_the_pipeline_finishes_says_so_once_and_is_traced_to_its_
     options = [f"storage.root={tmp_path}", NO_MLFLOW, "text=null", *SMALL]
     status, first, out, err = run("evaluate", *options)
     assert status == 0, err
-    assert statuses(first) == {"ingest": "done", "train": "done", "ensemble": "done", "evaluate": "done"}
+    assert statuses(first) == dict.fromkeys(["ingest", "train", "mine", "ensemble", "evaluate"], "done")
     assert err.count("MLflow at http://127.0.0.1:9 cannot be used") == 1
     assert 0 < first["metrics"]["test.both.realistic.filtered.full.mrr"] <= 1
     assert "baseline" in out and "\n  member fused" in out
@@ -121,6 +121,9 @@ def test_the_pipeline_with_ablations_deploys_and_shows_its_answers_again(run, tm
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = [f"storage.root={tmp_path}", f"serve.port={port}", "evaluate.ablations=true", *SMALL]
+    # A member of every family: a variant, which is an ablation too, another seed, paths and rules.
+    options += ["members.variants=[text_only]", "members.seeds=[1]"]
+    options += ["members.paths.model={layers: 2, dim: 8, keep: 20}", "members.paths.train.epochs=1"]
     try:
         status, result, out, err = run("pipeline", *options)
     finally:
@@ -128,9 +131,10 @@ def test_the_pipeline_with_ablations_deploys_and_shows_its_answers_again(run, tm
     assert status == 0, err[-3000:]
     assert list(statuses(result)) == [
         *("ingest", "embed", "train text_only", "evaluate text_only"),
-        *("train graph_only", "evaluate graph_only", "train", "ensemble", "evaluate", "deploy"),
+        *("train graph_only", "evaluate graph_only", "train", "train seed 1", "train paths", "mine"),
+        *("ensemble", "evaluate", "deploy"),
     ]
-    for row in ("model", "text_only", "graph_only", "baseline"):
+    for row in ("model", "member fused", "member seed 1", "member paths", "member rules", "text_only", "graph_only", "baseline"):
         assert f"\n  {row}" in out
     assert f"POST http://127.0.0.1:{port}/v1/predict" in out
     assert result["url"] == f"http://127.0.0.1:{port}"
