@@ -94,7 +94,8 @@ class LeaveOneOut:
         facts = self._facts(np.array(seeds), blocks)
         heads, tails = self.encode_without(np.array(seeds), blocks, facts)
         wanted = torch.as_tensor(list(candidates), dtype=torch.int64)
-        scores = self._scores(task, first, second, dict(zip(seeds, zip(heads, tails, strict=True), strict=True)), wanted)
+        states = dict(zip(seeds, zip(heads, tails, strict=True), strict=True))
+        scores = self._scores(task, first, second, states, wanted)
         return Effects(facts, scores[0], scores[0] - scores[1:])
 
     @torch.no_grad()

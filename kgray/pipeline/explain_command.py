@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from kgray.artifact import Artifact, Store
 from kgray.errors import ArtifactNotFoundError, UserError
 from kgray.pipeline.command import guarded, parser_of
 from kgray.pipeline.plan import Work, needed
+
+if TYPE_CHECKING:
+    from kgray.model.leave_one_out import LeaveOneOut
 
 PARTS = ("head", "relation", "tail")
 
@@ -72,7 +75,7 @@ def explain(work: Work, given: dict[str, str], top: int, *, filter_known: bool) 
     tasks = [part for part in PARTS if part not in ids] or ["tail", "head"]
     for task in tasks:
         if task not in bundle.tasks:
-            raise UserError(f"this model answers {' and '.join(bundle.tasks)} queries, it cannot say which {task} it is")
+            raise UserError(f"this model cannot tell the {task}, it answers {' and '.join(bundle.tasks)} queries")
     explainer = Explainer(bundle, "fused", leave_one_out(work))
     found = []
     for task in tasks:
@@ -85,7 +88,7 @@ def explain(work: Work, given: dict[str, str], top: int, *, filter_known: bool) 
     return [(render(one, words, place + 1), to_json(one, words)) for place, one in enumerate(found)]
 
 
-def leave_one_out(work: Work) -> Any:
+def leave_one_out(work: Work) -> LeaveOneOut | str:
     """The means to leave facts out of the main model, or in words why there are none."""
     from kgray.graph.graph import Graph
     from kgray.model.bundle import Bundle
@@ -95,8 +98,9 @@ def leave_one_out(work: Work) -> Any:
     member = Bundle.load(work.artifacts["train"])
     version = member.info.get("vectors")
     found = None if version is None else _find(work.store, f"vectors/{version}")
+    vectors = None if found is None else load_vectors(found)
     try:
-        return LeaveOneOut.of(member, Graph.load(work.artifacts["ingest"]), None if found is None else load_vectors(found))
+        return LeaveOneOut.of(member, Graph.load(work.artifacts["ingest"]), vectors)
     except NotExplainableError as error:
         return str(error)
 

@@ -102,7 +102,9 @@ class Explainer:
     member: the fused model whose facts are left out, by name, with the means to do so or why there are none.
     """
 
-    def __init__(self, bundle: Bundle, member: str = "fused", leave_one_out: LeaveOneOut | str = "not asked for") -> None:
+    def __init__(
+        self, bundle: Bundle, member: str = "fused", leave_one_out: LeaveOneOut | str = "not asked for"
+    ) -> None:
         self.bundle = bundle
         self.member = member
         self.leave_one_out = leave_one_out
@@ -175,7 +177,7 @@ class Explainer:
     def _addends(
         self, task: str, first: int, second: int, candidates: Sequence[int]
     ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-        """By name, a value a candidate: what adds up to the score, and to the first ranking where that is looked over."""
+        """By name, a value a candidate: what adds up to the score, and to the first ranking's where there are two."""
         a, b, wanted = torch.tensor([first]), torch.tensor([second]), torch.tensor([list(candidates)])
         scorer = self.bundle.scorer
         if not isinstance(scorer, EnsembleScorer):
@@ -189,7 +191,9 @@ class Explainer:
 
     def _calibrated(self, task: str, relation: int, scores: NDArray[np.float32], known: Int64) -> Rows | None:
         calibration = self.bundle.calibration
-        return None if calibration is None else calibration.one(task, scores, None if task == "relation" else relation, known)
+        if calibration is None:
+            return None
+        return calibration.one(task, scores, None if task == "relation" else relation, known)
 
     def _rules(self, head: int, relation: int, tail: int) -> tuple[float | None, tuple[FiredRule, ...]]:
         for member in self.members.values():
@@ -240,7 +244,7 @@ def _rank(others: NDArray[np.float64], own: float, candidate: int) -> float:
 
 
 def _contrasted(parts: Mapping[str, Sequence[float]], own: int, rival: int | None) -> tuple[Addend, ...]:
-    found = [
-        Addend(name, values[own], None if rival is None else values[own] - values[rival]) for name, values in parts.items()
-    ]
+    found = []
+    for name, values in parts.items():
+        found.append(Addend(name, values[own], None if rival is None else values[own] - values[rival]))
     return tuple(sorted(found, key=lambda a: -abs(a.value if a.contrast is None else a.contrast)))
