@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from model_graphs import ENTITIES, RELATIONS, SMALL, graph, vectors
 
+from kgray.errors import UserError
 from kgray.evaluation.calibration import Calibration, Monotone, TaskCalibration
 from kgray.evaluation.ranking import rank_triples
 from kgray.graph.graph import SPLITS
@@ -28,6 +30,8 @@ from kgray.model.paths import PathModel
 from kgray.model.paths_config import PathsConfig
 from kgray.model.reranking import Pairwise, Reranker
 from kgray.model.states import scorer_of
+from kgray.pipeline import explain_command
+from kgray.pipeline.plan import Work
 from kgray.reasoning.config import RulesConfig
 from kgray.reasoning.deletion import deletion_test
 from kgray.reasoning.explain import Fact, explain
@@ -232,7 +236,55 @@ def test_deleting_the_reasons_hurts_more_than_deleting_at_random() -> None:
     assert found.reciprocal_rank_explained > 2 * found.reciprocal_rank_random
     assert found.harder > 0.5 and found.softer == 0.0
     with pytest.raises(ValueError, match="no rule predicts"):
-        deletion_test(rules.take(np.zeros(0, dtype=np.int64)), TRAIN, triples, DATA.known(SPLITS), split="test", count=1)
+        deletion_test(rules.take(np.zeros(0, np.int64)), TRAIN, triples, DATA.known(SPLITS), split="test", count=1)
+
+
+@pytest.fixture
+def work(bundle: tuple[Bundle, LeaveOneOut], monkeypatch: pytest.MonkeyPatch) -> Work:
+    """As if the ensemble of the bundle had been built."""
+    monkeypatch.setattr(Bundle, "load", lambda _: bundle[0])
+    monkeypatch.setattr(explain_command, "leave_one_out", lambda _: bundle[1])
+    return SimpleNamespace(artifacts={"ensemble": None})  # type: ignore[return-value]
+
+
+def test_the_command_explains_the_best_answers_or_both_directions_of_a_triple(
+    bundle: tuple[Bundle, LeaveOneOut], work: Work
+) -> None:
+    explainer = Explainer(*bundle[:1])
+    best = explainer.best("head", NEXT, 5, 2)
+    found = explain_command.explain(work, {"relation": "r0", "tail": "e5"}, 2, filter_known=False)
+    assert [data["head"]["id"] for _, data in found] == [f"e{e}" for e in best]
+    assert [text.split()[0] for text, _ in found] == ["1.", "2."]
+    new = explain_command.explain(work, {"relation": "r0", "tail": "e5"}, 1, filter_known=True)
+    assert not new[0][1]["known"]
+    found = explain_command.explain(work, {"head": "e4", "relation": "r0", "tail": "e5"}, 9, filter_known=True)
+    assert [data["task"] for _, data in found] == ["tail", "head"]
+    whole = bundle[0].score_triples(torch.tensor([4]), torch.tensor([0]), torch.tensor([5]))
+    assert np.mean([data["score"] for _, data in found]) == pytest.approx(float(whole))
+    (one,) = explain_command.explain(work, {"head": "e4", "tail": "e5"}, 1, filter_known=False)
+    assert one[1]["task"] == "relation"
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"head": "e 4O", "relation": "r0"}, "head: no entity has the id or name 'e 4O'"),
+        ({"head": "E-4", "relation": "r0"}, "did you mean"),
+        ({"head": "e4", "relation": "e5"}, "relation: no relation has the id or name 'e5'"),
+    ],
+)
+def test_unknown_ids_are_the_users_mistake_with_what_is_near(given: dict[str, str], words: str, work: Work) -> None:
+    with pytest.raises(UserError, match=words):
+        explain_command.explain(work, given, 1, filter_known=False)
+
+
+def test_a_model_that_ranks_no_relations_is_not_asked_for_one(
+    bundle: tuple[Bundle, LeaveOneOut], work: Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = replace(bundle[0], scorer=bundle[0].scorer.members["paths"])  # type: ignore[attr-defined]
+    monkeypatch.setattr(Bundle, "load", lambda _: paths)
+    with pytest.raises(UserError, match="cannot tell the relation, it answers tail and head"):
+        explain_command.explain(work, {"head": "e4", "tail": "e5"}, 1, filter_known=False)
 
 
 def test_long_names_do_not_break_the_page(bundle: tuple[Bundle, LeaveOneOut], tmp_path: Path) -> None:
