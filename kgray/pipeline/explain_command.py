@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         found = explain(work, given, options.top, filter_known=options.filter_known)
         if not options.json:
             print("\n\n".join(text for text, _ in found), flush=True)
-        result = results.result("explain", work)
+        result = results.result("explain", work) | {"metrics": {"explanations": len(found)}}
         return result | {"explanations": [data for _, data in found] if options.json else None}
 
 

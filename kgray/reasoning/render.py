@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +49,7 @@ class Vocabulary:
 def render(one: Explanation, words: Vocabulary, number: int) -> str:
     """The explanation of one answer, a screen at most, no line longer than WIDTH."""
     triple = words.fact(Fact(one.head, one.relation, one.tail))
-    marks = [f"score {one.score:.4f}", f"rank {one.rank:g} of {one.candidates}"]
+    marks = [f"score {one.score:.4f}", f"filtered rank {one.rank:g} of {one.candidates}"]
     if one.probability is not None:
         marks.append(f"probability {one.probability:.3f}")
     if one.in_set is not None and one.coverage is not None:
@@ -94,7 +95,8 @@ def _rules(one: Explanation, words: Vocabulary) -> list[str]:
         return ["   no rule predicts it"]
     lines = [f"   rules, score {one.rules_score:.4f}: what each adds, [confidence, support of body], its facts"]
     for fired in one.rules[:_RULES]:
-        lines.append(f"     {fired.contribution:>7.4f}  {words.rule(fired)}")
+        begin = f"     {fired.contribution:>7.4f}  "
+        lines += textwrap.wrap(words.rule(fired), WIDTH, initial_indent=begin, subsequent_indent=" " * len(begin))
         for grounding in fired.groundings[:_GROUNDINGS]:
             lines += _packed([words.fact(fact) for fact in grounding], "              ")
     if len(one.rules) > _RULES:
