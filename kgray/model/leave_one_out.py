@@ -168,15 +168,16 @@ class LeaveOneOut:
         """One neighbourhood of len(without) copies of the seeds', in each of which one fact (by its key) is lacking."""
         count = len(without)
         place = np.arange(count * len(seeds)).reshape(count, len(seeds))
-        hops = []
+        hops: list[tuple[int, Tensor, Tensor, Tensor]] = []
         for block in blocks[::-1]:
             fresh = len(block.nodes) - block.num_targets
             # Targets of all copies come first, as the next hop inward wants them.
             added = count * block.num_targets + np.arange(count * fresh).reshape(count, fresh)
             outer = np.concatenate([place, added], axis=1)
             copy, edge = np.nonzero(self._edge_keys(block)[None] != without[:, None])
-            ends = (outer[copy, block.source[edge]], place[copy, block.target[edge]], block.relation[edge])
-            hops.append((count * block.num_targets, *(torch.from_numpy(part) for part in ends)))
+            source, target = outer[copy, block.source[edge]], place[copy, block.target[edge]]
+            ends = torch.from_numpy(source), torch.from_numpy(target), torch.from_numpy(block.relation[edge])
+            hops.append((count * block.num_targets, *ends))
             place = outer
         nodes = np.empty(place.size, dtype=np.int64)
         nodes[place] = blocks[0].nodes

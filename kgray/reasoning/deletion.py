@@ -74,7 +74,8 @@ def deletion_test(
     rows = np.zeros((len(asked), 3, 2))
     sizes = np.zeros((len(asked), 2))
     for number, triple in enumerate(asked):
-        named = _places(train, fact_rows(explain(full, *triple.tolist(), limit=top, groundings=_ALL)))
+        head, relation, tail = triple.tolist()
+        named = _places(train, fact_rows(explain(full, head, relation, tail, limit=top, groundings=_ALL)))
         adjacent = np.flatnonzero(np.isin(train[:, [0, 2]], triple[[0, 2]]).any(axis=1))
         others = _draw(adjacent, len(train), len(named), draw)
         sizes[number] = len(named), len(adjacent)
