@@ -151,6 +151,16 @@ class Calibration:
         at = np.zeros(len(own), dtype=np.int64) if relations is None else np.asarray(relations)
         return Rows(found, log_sum, top, found.thresholds[at])
 
+    def one(self, task: str, scores: npt.NDArray[Any], relation: int | None, known: Ints) -> Rows | None:
+        """Of one query: scores (C,), the relation of an entity query, the answers known already (n,); None where
+        nothing can be said, as the task is not calibrated or every candidate is known."""
+        if task not in self.tasks or len(known) == len(scores):
+            return None
+        out = torch.zeros(1, len(scores), dtype=torch.bool)
+        out[0, torch.from_numpy(known)] = True
+        relations = None if relation is None else np.array([relation])
+        return self.rows(task, torch.from_numpy(scores)[None], relations, out)
+
     def to_json(self) -> dict[str, Any]:
         """Plain lists for calibration.json; -inf as null."""
         tasks = {

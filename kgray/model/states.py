@@ -23,6 +23,9 @@ _STATES = ("heads", "tails", "relations")
 INFERENCE_SEED = 0
 """Hubs with more neighbours than the inference fan-out are sampled once, the same for every run."""
 
+ENCODED_AT_ONCE = 4096
+"""Entities a batch; which neighbours of a hub are drawn depends on it."""
+
 
 class StateScorer:
     """Scores of triples from states; float32, on the states' device.
@@ -107,7 +110,7 @@ class EncodedViews:
         return StateScorer(join(self.heads), join(self.tails), join(relations), self.decoder)
 
 
-def encode_all(model: FusedModel, index: NeighbourIndex, *, batch_size: int = 4096) -> EncodedViews:
+def encode_all(model: FusedModel, index: NeighbourIndex, *, batch_size: int = ENCODED_AT_ONCE) -> EncodedViews:
     """All entities under the model as it is, over the message graph ``index``; dropout off."""
     was_training = model.training
     model.eval()

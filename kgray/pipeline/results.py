@@ -15,6 +15,7 @@ _TARGET = {
     "embed": "embed",
     "train": "train",
     "evaluate": "evaluate",
+    "explain": "ensemble",
     "deploy": "deploy",
     "pipeline": "ensemble",  # its version is the one that answers carry
 }

@@ -106,7 +106,7 @@ def targets_of(job: str, settings: Settings) -> list[str]:
         return [name for name in names if name.partition(" ")[0] == "evaluate"]
     if job == "embed" and settings.text is None:
         raise ConfigError("text", None, "a section, as there is nothing to embed without one")
-    return {"embed": ["embed"], "train": ["train"], "deploy": [ENSEMBLE]}[job]
+    return {"embed": ["embed"], "train": ["train"], "explain": [ENSEMBLE], "deploy": [ENSEMBLE]}[job]
 
 
 def _train_step(model: TrainableConfig, train: TrainConfig, suffix: str) -> Step:

@@ -289,12 +289,9 @@ class Predictor:
     ) -> Rows | None:
         """What calibration says of one query, over the candidates not known yet; None where it says nothing."""
         calibration = self.bundle.calibration
-        if calibration is None or missing not in calibration.tasks or len(known) == len(scores):
+        if calibration is None:
             return None
-        out = torch.zeros(1, len(scores), dtype=torch.bool)
-        out[0, torch.from_numpy(known)] = True
-        relations = None if missing == "relation" else np.array([found["relation"].index])
-        return calibration.rows(missing, torch.from_numpy(scores)[None], relations, out)
+        return calibration.one(missing, scores, None if missing == "relation" else found["relation"].index, known)
 
 
 def top_k(scores: Floats, count: int, without: npt.NDArray[np.int64] | None = None) -> npt.NDArray[np.int64]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from kgray.pipeline import command, lineage_command
+from kgray.pipeline import command, explain_command, lineage_command
 
 REPO = Path(__file__).resolve().parents[2]
 QUICKSTART = str(REPO / "configs" / "quickstart.yaml")
@@ -32,6 +32,8 @@ def run(capfd: pytest.CaptureFixture[str]) -> Any:
         capfd.readouterr()
         if job == "lineage":
             status = lineage_command.main(arguments)
+        elif job == "explain":
+            status = explain_command.main([config, *arguments])
         else:
             status = command.main(job, [config, *arguments])
         out, err = capfd.readouterr()
@@ -58,6 +60,14 @@ def test_without_mlflow_the_pipeline_finishes_says_so_once_and_is_traced_to_its_
     assert status == 0 and again["status"] == "up to date" and again["version"] == first["version"]
     assert set(statuses(again).values()) == {"up to date"}
     assert again["seconds"] < 15 and "MLflow" not in err
+
+    status, told, out, err = run("explain", *options, "--head", "virus", "--relation", "causes", "--top", "1", "--json")
+    (reasons,) = told["explanations"]
+    assert status == 0 and told["status"] == "up to date" and len(out.splitlines()) == 1, err
+    assert sum(a["value"] for a in reasons["addends"]) == pytest.approx(reasons["score"], rel=1e-3, abs=1e-3)
+    assert reasons["neighbours"]["facts"] and reasons["rules"] and 0 <= reasons["probability"] <= 1
+    status, _, _, err = run("explain", *options, "--head", "virsu", "--relation", "causes")
+    assert status == 2 and "did you mean 'virus'" in err.splitlines()[-1]
 
     status, chain, tree, _ = run("lineage", first["version"], "--storage", str(tmp_path), "--verify")
     files = {file["uri"]: file["sha256"] for file in chain["files"]}
@@ -134,7 +144,8 @@ def test_the_pipeline_with_ablations_deploys_and_shows_its_answers_again(run, tm
         *("train graph_only", "evaluate graph_only", "train", "train seed 1", "train paths", "mine"),
         *("ensemble", "evaluate", "deploy"),
     ]
-    for row in ("model", "member fused", "member seed 1", "member paths", "member rules", "text_only", "graph_only", "baseline"):
+    members = [f"member {name}" for name in ("fused", "text_only", "seed 1", "paths", "rules")]
+    for row in ("model", *members, "text_only", "graph_only", "baseline"):
         assert f"\n  {row}" in out
     assert f"POST http://127.0.0.1:{port}/v1/predict" in out
     assert result["url"] == f"http://127.0.0.1:{port}"
