@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2  # 2: members of an ensemble and calibration are measured
 _SHARDS_A_WORKER = 4  # so that a slow worker holds up the end by a quarter of its share, not by all of it
 _LOG_SECONDS = 10.0
 
@@ -58,12 +58,15 @@ def evaluate(
     """Rank a split and write metrics.json, ranks.parquet, report.html and its plots.
 
     Returns the manifest's counts: ``test.both.realistic.filtered.full.mrr`` and so on of the model, the same
-    under ``baseline.<name>.`` of each baseline. Starts or joins Ray where the process is not connected yet.
+    under ``baseline.<name>.`` of each baseline and ``member.<name>.`` of each member of an ensemble, and of a
+    calibrated model ``test.both.calibration.ece`` and so on. Starts or joins Ray where the process is not
+    connected yet.
 
     Raises DataError when the split is empty, NonFiniteError naming the first query with such a score, and
     ArtifactError when model and graph do not belong together.
     """
     # These import torch (seconds), which evaluate_recipe, asked even when all is up to date, does without.
+    from kgray.evaluation.reliability import metrics_of
     from kgray.evaluation.report import report_of, write_report
     from kgray.evaluation.shards import plan
 
@@ -77,9 +80,10 @@ def evaluate(
         measured = _measure_all(draft, config, model, graph, parts, workers)
         seconds = time.monotonic() - started
     write_report(draft, report_of(config, model, graph, measured, ablations or {}, seconds))
-    counts = measured.model.metrics()
-    for name, baseline in measured.baselines.items():
-        counts |= {f"baseline.{name}.{key}": value for key, value in baseline.metrics().items()}
+    counts = measured.model.metrics() | metrics_of(measured.reliability, config.split)
+    for kind, found in (("baseline", measured.baselines), ("member", measured.members)):
+        for name, one in found.items():
+            counts |= {f"{kind}.{name}.{key}": value for key, value in one.metrics().items()}
     return counts
 
 

@@ -64,6 +64,7 @@ def all_plots(report: Mapping[str, Any]) -> dict[str, str]:
             "cardinality": _cardinality,
             "relations": _relations,
             "training": _training,
+            "reliability": _reliability,
         }.items():
             figure = draw(report)
             if figure is not None:
@@ -84,9 +85,10 @@ def _svg(figure: Figure, name: str) -> str:
 
 
 def _comparison(report: Mapping[str, Any]) -> Figure:
-    """MRR of the model, its ablations and the baselines, a panel a task."""
+    """MRR of the model, its members and ablations, and the baselines, a panel a task."""
     rows = [("model", report["metrics"], MODEL)]
-    rows += [(name, entry["metrics"], VARIANT) for name, entry in report["ablations"].items()]
+    variants = [*report["members"].items(), *report["ablations"].items()]
+    rows += [(name, entry["metrics"], VARIANT) for name, entry in variants]
     rows += [(name, entry["metrics"], OTHER) for name, entry in report["baselines"].items()]
     sides = [side for side in ("both", "tail", "head", "relation") if side in report["slices"]]
     figure = Figure(figsize=(2.2 * len(sides) + 1.4, 0.34 * len(rows) + 0.7))
@@ -189,6 +191,26 @@ def _training(report: Mapping[str, Any]) -> Figure | None:
         figure.axes[-1].annotate(
             f"best {best[1]:.3f}", best, xytext=(0, -14), textcoords="offset points", ha="center", color=INK
         )
+    return figure
+
+
+def _reliability(report: Mapping[str, Any]) -> Figure | None:
+    """How often the first answer was right against the probability it was given, a panel a task."""
+    found = {task: bins for task, bins in report["reliability"].items() if bins}
+    if not found:
+        return None
+    figure = Figure(figsize=(2.6 * len(found) + 0.4, 2.7))
+    for axes, (task, bins) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
+        axes.plot([0, 1], [0, 1], color=OTHER, linewidth=1)
+        stated, right = ([b[key] for b in bins] for key in ("probability", "right"))
+        axes.plot(stated, right, color=_SIDE_COLOURS[task], linewidth=1.4, marker="o", markersize=4)
+        axes.set_xlim(0, 1.02)
+        axes.set_ylim(0, 1.02)
+        axes.set_aspect("equal")
+        axes.set_title(task)
+        axes.set_xlabel("probability of the first answer")
+        axes.grid(axis="both")
+    figure.axes[0].set_ylabel("share that is right")
     return figure
 
 

@@ -55,6 +55,27 @@ class Scorer(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Scored:
+    """The score matrix of B queries of one side, as it is ranked. triples (B, 3) int64, scores (B, C), gold (B,),
+    left_out: (rows, columns) of known answers, the gold ones among them perhaps, or None."""
+
+    side: str
+    triples: npt.NDArray[np.int64]
+    scores: torch.Tensor
+    gold: torch.Tensor
+    left_out: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]] | None
+
+    def others_known(self) -> torch.Tensor:
+        """(B, C) bool: known answers other than the gold one."""
+        out = torch.zeros(self.scores.shape, dtype=torch.bool)
+        if self.left_out is not None:
+            rows, columns = (torch.from_numpy(part) for part in self.left_out)
+            out[rows, columns] = True
+            out[torch.arange(len(self.gold)), self.gold] = False
+        return out
+
+
+@dataclass(frozen=True, slots=True)
 class Ranks:
     """Ranks of B queries of one side. Arrays (B,), but ``triples`` (B, 3) int64."""
 
@@ -94,6 +115,7 @@ def rank_triples(
     batch_size: int | None = None,
     score_budget: int = SCORE_BUDGET,
     on_ranks: Callable[[Ranks], None] | None = None,
+    on_scores: Callable[[Scored], None] | None = None,
 ) -> Counts:
     """Rank the true answer of each query of each triple; memory does not grow with the number of triples.
 
@@ -101,7 +123,8 @@ def rank_triples(
     the triples of :func:`filter_splits`, or None for raw ranks. ``tasks``: of ``tail``, ``head``,
     ``relation``. ``train``: for the slices by cardinality and unseen entities; give a :class:`Strata` when
     ranking often. ``batch_size``: queries scored at once; by default as many as keep a score matrix within
-    ``score_budget`` scores. ``on_ranks`` gets the ranks of every batch, to be written away.
+    ``score_budget`` scores. ``on_ranks`` gets the ranks of every batch, to be written away; ``on_scores`` the
+    scores themselves, after they were ranked.
 
     Raises NonFiniteError naming the first query with a NaN or infinite score, and ValueError when the
     scorer's matrix has the wrong shape, a task is unknown, or the filter is of another graph.
@@ -127,7 +150,7 @@ def rank_triples(
         if strata is not None:
             unseen = ~(strata.seen[batch[:, 0]] & strata.seen[batch[:, 2]])
         for task in tasks:
-            ranks = _rank_batch(scorer, batch, task, known)
+            ranks = _rank_batch(scorer, batch, task, known, on_scores)
             relations, candidates = batch[:, 1], ranks.candidates
             counts.add(task, relations, unseen, ranks.optimistic, ranks.pessimistic, candidates)
             if on_ranks is not None:
@@ -136,7 +159,13 @@ def rank_triples(
 
 
 @torch.no_grad()
-def _rank_batch(scorer: Scorer, batch: npt.NDArray[np.int64], side: str, known: FilterIndex | None) -> Ranks:
+def _rank_batch(
+    scorer: Scorer,
+    batch: npt.NDArray[np.int64],
+    side: str,
+    known: FilterIndex | None,
+    on_scores: Callable[[Scored], None] | None,
+) -> Ranks:
     head, relation, tail = torch.from_numpy(batch.T.copy())
     if side == "tail":
         scores, gold, width = scorer.score_tails(head, relation), tail, scorer.num_entities
@@ -158,6 +187,8 @@ def _rank_batch(scorer: Scorer, batch: npt.NDArray[np.int64], side: str, known: 
             f"{side} query {asked}, true answer {int(gold[error.row])}: candidate {error.column} has the "
             f"score {error.value}; it cannot be ranked"
         ) from None
+    if on_scores is not None:
+        on_scores(Scored(side, batch, scores, gold, left_out))
     return Ranks(side, batch, optimistic, pessimistic, true, candidates)
 
 

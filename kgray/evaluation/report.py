@@ -6,13 +6,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kgray.artifact import Artifact, Draft
+from kgray.errors import ArtifactNotFoundError
 from kgray.evaluation.baselines import BASELINES
 from kgray.evaluation.config import EvaluateConfig
 from kgray.evaluation.counts import KINDS
 from kgray.evaluation.ranking import filter_splits
+from kgray.evaluation.reliability import metrics_of
 from kgray.evaluation.shards import RANK_EDGES, Measured
 
 METRICS = ("mrr", "hits@1", "hits@3", "hits@10", "mr", "amri", "ties", "count")
+CALIBRATED = ("ece", "brier", "coverage", "set_size_mean", "set_size_median", "set_empty")
 _TERMINAL = ("mrr", "hits@1", "hits@3", "hits@10")
 _MOST_ROWS = 2000
 
@@ -31,9 +34,11 @@ def report_of(
     metrics by side, dimension, value. ``counts``: the exact sums (:meth:`Counts.from_json`), for merging.
     """
     counts = measured.model
+    info = model.read_json("config.json") if "config.json" in model.files() else {}
+    versions = {member["name"]: member["version"] for member in info.get("members", ())}
     relations = graph.read_table("relations.parquet", columns=["external_id"])["external_id"].to_pylist()
     return {
-        "format": 1,
+        "format": 2,
         "split": config.split,
         "keys": {side: counts.key(side) for side in counts.sides()},
         "filtered_by": list(filter_splits(config.split)),
@@ -41,21 +46,41 @@ def report_of(
         "graph": graph.source.to_dict(),
         "dataset": graph.counts,
         "seconds": round(seconds, 3),
-        "metrics": counts.metrics(KINDS),
+        "metrics": counts.metrics(KINDS) | metrics_of(measured.reliability, config.split),
         "slices": counts.slices(relations),
         "baselines": {
             name: {"meaning": BASELINES[name].meaning, "metrics": baseline.metrics()}
             for name, baseline in measured.baselines.items()
         },
+        "members": {
+            name: {"version": versions.get(name, ""), "metrics": member.metrics()}
+            for name, member in measured.members.items()
+        },
+        "gate": info.get("gate", {}).get("chosen", {}),
+        "reliability": {task: one.bins() for task, one in measured.reliability.items()},
+        "alpha": info.get("alpha"),
         "ablations": {
             name: {"version": report.version, "metrics": report.read_json("metrics.json")["metrics"]}
             for name, report in ablations.items()
         },
         "histogram": {side: counts.tolist() for side, counts in measured.histogram.items()},
         "histogram_edges": list(RANK_EDGES),
-        "history": model.read_json("history.json") if "history.json" in model.files() else [],
+        "history": _history(model),
         "counts": counts.to_json(),
     }
+
+
+def _history(model: Artifact) -> list[dict[str, float]]:
+    """Metrics over the epochs; of an ensemble those of the first member that was trained over epochs."""
+    for uri in (model.uri, *(source.uri for source in model.inputs if source.kind == "model")):
+        try:
+            artifact = Artifact.peek(uri)
+        except ArtifactNotFoundError:
+            continue  # the storage has moved; the report does without a curve
+        found: list[dict[str, float]] = artifact.read_json("history.json") if "history.json" in artifact.files() else []
+        if found:
+            return found
+    return []
 
 
 def write_report(draft: Draft, report: Mapping[str, Any]) -> None:
@@ -89,6 +114,7 @@ def render_html(report: Mapping[str, Any], plots: Mapping[str, str]) -> str:
         sides=sides,
         kinds=KINDS,
         metrics=METRICS,
+        calibrated=CALIBRATED,
         main="both" if "both" in sides else sides[0],
         rows=_comparison(report),
         most=_MOST_ROWS,
@@ -99,9 +125,9 @@ def format_metric(value: float | None, name: str = "mrr") -> str:
     """A metric as people read it; an en dash where there is none."""
     if value is None:
         return "\N{EN DASH}"
-    if name == "count":
+    if name in ("count", "set_size_median"):
         return f"{value:,.0f}"
-    return f"{value:,.1f}" if name == "mr" else f"{value:.4f}"
+    return f"{value:,.1f}" if name in ("mr", "set_size_mean") else f"{value:.4f}"
 
 
 def render_ablations(variants: Mapping[str, Mapping[str, float]], split: str = "test") -> str:
@@ -135,8 +161,9 @@ def _cell(column: Sequence[float | None], place: int) -> str:
 
 
 def _comparison(report: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, float]]]:
-    """(name, kind of row, metrics) of the model, its ablations and the baselines."""
+    """(name, kind of row, metrics) of the model, its members and ablations, and the baselines."""
     rows: list[tuple[str, str, Mapping[str, float]]] = [("model", "model", report["metrics"])]
+    rows += [(name, "member", entry["metrics"]) for name, entry in report["members"].items()]
     rows += [(name, "ablation", entry["metrics"]) for name, entry in report["ablations"].items()]
     rows += [(name, "baseline", entry["metrics"]) for name, entry in report["baselines"].items()]
     return rows

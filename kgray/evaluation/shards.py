@@ -18,7 +18,9 @@ from kgray.errors import ArtifactError, DataError
 from kgray.evaluation.baselines import BASELINES
 from kgray.evaluation.config import EvaluateConfig
 from kgray.evaluation.counts import Counts, Strata
+from kgray.evaluation.members import Watch
 from kgray.evaluation.ranking import Ranks, Scorer, filter_splits, rank_triples
+from kgray.evaluation.reliability import Reliability, merge
 from kgray.graph.filter_index import FilterIndex
 from kgray.graph.graph import Graph
 from kgray.model.bundle import Bundle
@@ -70,8 +72,8 @@ class Prepared:
 
 @dataclass(slots=True)
 class Measured:
-    """Results of a shard or of many: counts of the model and of each baseline, histogram of the model's
-    ranks.
+    """Results of a shard or of many: counts of the model, of each baseline and of each member where the model is an
+    ensemble, histogram of the model's ranks, by task how its probabilities did where it has some.
 
     ``histogram[side]`` (len(RANK_EDGES),) int64: queries by realistic rank, rounded down.
     """
@@ -79,6 +81,8 @@ class Measured:
     model: Counts
     baselines: dict[str, Counts]
     histogram: dict[str, npt.NDArray[np.int64]] = field(default_factory=dict)
+    members: dict[str, Counts] = field(default_factory=dict)
+    reliability: dict[str, Reliability] = field(default_factory=dict)
 
     def __add__(self, other: Measured) -> Measured:
         """Both together; see :meth:`Counts.__add__`."""
@@ -88,6 +92,8 @@ class Measured:
             self.model + other.model,
             {name: counts + other.baselines[name] for name, counts in self.baselines.items()},
             {side: self.histogram.get(side, none) + other.histogram.get(side, none) for side in sides},
+            {name: counts + other.members[name] for name, counts in self.members.items()},
+            merge(self.reliability, other.reliability),
         )
 
 
@@ -193,7 +199,9 @@ def measure(
     for name, scorer in prepared.baselines.items():
         tasks = [task for task in config.tasks if task in BASELINES[name].tasks]
         baselines[name] = rank_triples(scorer, read_triples(graph, pieces), known, tasks=tasks, **common)
-    histogram = {str(task): np.zeros(len(RANK_EDGES), dtype=np.int64) for task in config.tasks}
+    asked = tasks_of(config, bundle)
+    histogram = {str(task): np.zeros(len(RANK_EDGES), dtype=np.int64) for task in asked}
+    watch = Watch.of(bundle, config.split, prepared.strata, asked)
     with ExitStack() as stack:
         writer: _RankWriter | None = None
         if config.ranks:
@@ -207,10 +215,24 @@ def measure(
                 writer.add(ranks)
 
         triples = read_triples(graph, pieces)
-        counts = rank_triples(bundle, triples, known, tasks=config.tasks, on_ranks=keep, **common)
+        # The rows of every member are held beside those that are ranked.
+        common["score_budget"] //= 1 + len(watch.members)
+        counts = rank_triples(
+            watch.scorer, triples, known, tasks=asked, on_ranks=keep, on_scores=watch.see, **common
+        )
         if writer is not None:
             writer.flush()
-    return Measured(counts, baselines, histogram)
+    return Measured(counts, baselines, histogram, watch.members, watch.reliability)
+
+
+def tasks_of(config: EvaluateConfig, bundle: Bundle) -> tuple[str, ...]:
+    """What is asked of the model: the tasks of the configuration that it can do; ArtifactError where it can do none."""
+    tasks = tuple(task for task in config.tasks if task in bundle.tasks)
+    if not tasks:
+        raise ArtifactError(
+            f"model {bundle.model_version} answers {', '.join(bundle.tasks)} queries, none of evaluate.tasks"
+        )
+    return tasks
 
 
 def _tally(histogram: dict[str, npt.NDArray[np.int64]], ranks: Ranks) -> None:

@@ -1,27 +1,32 @@
 """The ``model`` artifact: all that evaluation and serving need, without pickle.
 
-config.json       the model's configuration, its graph, vectors and how it was trained
-model.safetensors the trained weights
-heads.npy, tails.npy  (N, w) float32 states of entities as head and as candidate, memory-mapped on a node
-relations.npy     (2R, w) float32 relation vectors of the decoder
+Of every family of model:
+
+config.json       the family, its configuration, its graph and how it was made
 entities.parquet, relations.parquet   id, external_id, name in dense-id order
 known.safetensors the facts of all splits, to filter or mark known answers
 history.json      metrics over the epochs
+
+and what the family itself keeps; the fused model:
+
+model.safetensors the trained weights
+heads.npy, tails.npy  (N, w) float32 states of entities as head and as candidate, memory-mapped on a node
+relations.npy     (2R, w) float32 relation vectors of the decoder
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
@@ -30,13 +35,44 @@ from torch import Tensor
 from kgray.artifact import Artifact
 from kgray.config import from_dict, to_dict
 from kgray.errors import ArtifactError
+from kgray.evaluation.calibration import Calibration
 from kgray.graph.filter_index import FilterIndex
 from kgray.graph.graph import SPLITS, Graph
 from kgray.model.config import ModelConfig
 from kgray.model.fused import FusedModel
-from kgray.model.states import StateScorer
+from kgray.model.states import StateScorer, write_states
 
 FORMAT = 1
+
+FAMILIES: Mapping[str, str] = {
+    "fused": "kgray.model.states:load_states",
+    "ensemble": "kgray.model.ensemble:load_ensemble",
+    "rules": "kgray.reasoning.artifact:load_rules",
+    "paths": "kgray.model.path_scorer:load_paths",
+}
+"""Where each family of model is opened: ``module:function``, called with the artifact and its config.json. Named, not
+imported, so that a family costs nothing where it is not used."""
+
+
+CALIBRATION = "calibration.json"
+
+
+class Scorer(Protocol):
+    """What a family answers with; ids in and scores out as torch tensors on the CPU, float32, higher is better.
+
+    tasks: which of "tail", "head", "relation" it can rank; the methods of the others raise ValueError.
+    """
+
+    @property
+    def num_entities(self) -> int: ...
+    @property
+    def num_relations(self) -> int: ...
+    @property
+    def tasks(self) -> Sequence[str]: ...
+    def score_tails(self, heads: Tensor, relations: Tensor) -> Tensor: ...
+    def score_heads(self, relations: Tensor, tails: Tensor) -> Tensor: ...
+    def score_relations(self, heads: Tensor, tails: Tensor) -> Tensor: ...
+    def score_triples(self, heads: Tensor, relations: Tensor, tails: Tensor) -> Tensor: ...
 
 
 def write_bundle(
@@ -47,19 +83,19 @@ def write_bundle(
     history: Sequence[Mapping[str, Any]],
     info: Mapping[str, Any],
 ) -> None:
-    """Write every file of a ``model`` artifact into ``folder``."""
-    config = {
-        "format": FORMAT,
-        "model": to_dict(model.config),
-        "graph": graph.version,
-        **info,
-    }
+    """Write every file of a fused model's artifact into ``folder``."""
+    write_common(folder, "fused", graph, {"model": to_dict(model.config), **info}, history)
+    save_file({k: v.contiguous().cpu() for k, v in model.state_dict().items()}, folder / "model.safetensors")
+    write_states(folder, scorer)
+
+
+def write_common(
+    folder: Path, family: str, graph: Graph, info: Mapping[str, Any], history: Sequence[Mapping[str, Any]] = ()
+) -> None:
+    """Write what every family has: config.json with ``info``, names, known facts, history."""
+    config = {"format": FORMAT, "family": family, "graph": graph.version, **info}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     (folder / "history.json").write_text(json.dumps(list(history), indent=1) + "\n")
-    save_file({k: v.contiguous().cpu() for k, v in model.state_dict().items()}, folder / "model.safetensors")
-    np.save(folder / "heads.npy", scorer.heads.cpu().numpy())
-    np.save(folder / "tails.npy", scorer.tails.cpu().numpy())
-    np.save(folder / "relations.npy", scorer.relations.cpu().numpy())
     _write_names(folder / "entities.parquet", graph.entity_ids, graph.entity_names)
     _write_names(folder / "relations.parquet", graph.relation_ids, graph.relation_names)
     known = graph.known(SPLITS).to_arrays()
@@ -79,7 +115,7 @@ class Bundle:
     """
 
     folder: Path
-    scorer: StateScorer
+    scorer: Scorer
     known: FilterIndex
     model_version: str
     graph_version: str
@@ -97,15 +133,17 @@ class Bundle:
         info = json.loads((folder / "config.json").read_text())
         if info.get("format") != FORMAT:
             raise ArtifactError(f"{artifact.uri} has model format {info.get('format')}, this kgray reads {FORMAT}")
-        # Copy-on-write mapping: shared pages as with "r", but torch need not warn of a read-only array.
-        heads, tails = (torch.from_numpy(np.load(folder / f, mmap_mode="c")) for f in ("heads.npy", "tails.npy"))
-        relations = torch.from_numpy(np.load(folder / "relations.npy"))
+        family = info.get("family", "fused")
+        if family not in FAMILIES:
+            raise ArtifactError(f"{artifact.uri} is of family {family}, this kgray knows {', '.join(FAMILIES)}")
+        module, _, function = FAMILIES[family].partition(":")
+        scorer: Scorer = getattr(importlib.import_module(module), function)(artifact, info)
         known = FilterIndex.from_arrays(load_arrays(folder / "known.safetensors"))
-        scorer = StateScorer(heads, tails, relations, info["model"]["decoder"])
-        if heads.shape != tails.shape or heads.shape[1] != relations.shape[1]:
-            shapes = [list(t.shape) for t in (heads, tails, relations)]
-            raise ArtifactError(f"{artifact.uri}: heads, tails and relations do not fit together: {shapes}")
         return cls(folder, scorer, known, artifact.version, info["graph"], info)
+
+    @property
+    def tasks(self) -> Sequence[str]:
+        return self.scorer.tasks
 
     @property
     def num_entities(self) -> int:
@@ -130,6 +168,12 @@ class Bundle:
     def score_triples(self, heads: Tensor, relations: Tensor, tails: Tensor) -> Tensor:
         """(B,) int64 x 3 -> (B,) float32."""
         return self.scorer.score_triples(heads, relations, tails)
+
+    @cached_property
+    def calibration(self) -> Calibration | None:
+        """What makes its scores probabilities and answer sets; None where it was not calibrated."""
+        path = self.folder / CALIBRATION
+        return Calibration.from_json(json.loads(path.read_text())) if path.exists() else None
 
     def _column(self, table: str, column: str) -> list[str]:
         return pq.read_table(self.folder / table, columns=[column])[column].to_pylist()  # type: ignore[no-any-return]

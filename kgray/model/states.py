@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from kgray.artifact import Artifact
+from kgray.errors import ArtifactError
 from kgray.graph.neighbours import NeighbourIndex
 from kgray.graph.sampler import NeighbourSampler, step_generator
 from kgray.model.decoders import DECODERS
 from kgray.model.fused import FusedModel, Neighbourhood, States, View
 
+_STATES = ("heads", "tails", "relations")
+
 INFERENCE_SEED = 0
 """Hubs with more neighbours than the inference fan-out are sampled once, the same for every run."""
+
+ENCODED_AT_ONCE = 4096
+"""Entities a batch; which neighbours of a hub are drawn depends on it."""
 
 
 class StateScorer:
@@ -26,6 +35,8 @@ class StateScorer:
     Tails are scored by the real relation, heads by its reciprocal; a whole triple and a relation by the mean of
     both directions, as neither direction is the better one (a reciprocal model has no single triple score).
     """
+
+    tasks = ("tail", "head", "relation")
 
     def __init__(self, heads: Tensor, tails: Tensor, relations: Tensor, decoder: str) -> None:
         self.heads = heads
@@ -66,6 +77,23 @@ class StateScorer:
         return 0.5 * (forward + backward)
 
 
+def write_states(folder: Path, scorer: StateScorer) -> None:
+    """Write heads.npy, tails.npy and relations.npy."""
+    for name in _STATES:
+        np.save(folder / f"{name}.npy", getattr(scorer, name).cpu().numpy())
+
+
+def load_states(artifact: Artifact, info: Mapping[str, Any]) -> StateScorer:
+    """What :func:`write_states` wrote, entity states memory-mapped; ArtifactError where the files contradict."""
+    folder = artifact.local_path("")
+    # Copy-on-write mapping: shared pages as with "r", but torch need not warn of a read-only array.
+    heads, tails, relations = (torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="c")) for name in _STATES)
+    if heads.shape != tails.shape or heads.shape[1] != relations.shape[1]:
+        shapes = [list(t.shape) for t in (heads, tails, relations)]
+        raise ArtifactError(f"{artifact.uri}: heads, tails and relations do not fit together: {shapes}")
+    return StateScorer(heads, tails, relations, info["model"]["decoder"])
+
+
 @dataclass(frozen=True)
 class EncodedViews:
     """Every entity under every view of a model; lists have one (N, d) or (2R, d) float32 tensor a view."""
@@ -82,7 +110,7 @@ class EncodedViews:
         return StateScorer(join(self.heads), join(self.tails), join(relations), self.decoder)
 
 
-def encode_all(model: FusedModel, index: NeighbourIndex, *, batch_size: int = 4096) -> EncodedViews:
+def encode_all(model: FusedModel, index: NeighbourIndex, *, batch_size: int = ENCODED_AT_ONCE) -> EncodedViews:
     """All entities under the model as it is, over the message graph ``index``; dropout off."""
     was_training = model.training
     model.eval()

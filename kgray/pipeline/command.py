@@ -32,6 +32,7 @@ JOBS = {
     "embed": "texts of the graph -> vectors",
     "train": "graph and vectors -> model",
     "evaluate": "model and graph -> report",
+    "explain": "model and a query -> the reasons of its answers",
     "deploy": "model -> HTTP service",
     "pipeline": "all of it, each step where it is not up to date",
 }
@@ -39,7 +40,7 @@ JOBS = {
 
 def main(job: str, arguments: Sequence[str] | None = None) -> int:
     """Run a job of :data:`JOBS` with these arguments (by default the process's own); the exit status."""
-    parser = _parser(job)
+    parser = parser_of(job)
     given = parser.parse_args(arguments)
     return guarded(job, given, lambda options: run_job(job, options))
 
@@ -128,7 +129,8 @@ def progress_to_stderr() -> Iterator[None]:
         log.setLevel(before[1])
 
 
-def _parser(job: str) -> argparse.ArgumentParser:
+def parser_of(job: str) -> argparse.ArgumentParser:
+    """What every job of :data:`JOBS` takes."""
     parser = Parser(prog=f"python -m jobs.{job}", description=JOBS[job])
     parser.add_argument("config", metavar="CONFIG", help="YAML file, such as configs/quickstart.yaml")
     parser.add_argument(

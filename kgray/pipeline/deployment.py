@@ -25,13 +25,13 @@ from kgray.pipeline.plan import Work
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2  # 2: answers carry probabilities and answer sets
 ANSWERS = "answers.json"
 
 
 def deployment_recipe(work: Work) -> Recipe:
     """A deployment is the model it serves and how it is served."""
-    return Recipe("deployment", FORMAT, (work.artifacts["train"].source,), to_dict(work.settings.serve))
+    return Recipe("deployment", FORMAT, (work.artifacts["ensemble"].source,), to_dict(work.settings.serve))
 
 
 def outlives(work: Work) -> bool:
@@ -40,7 +40,7 @@ def outlives(work: Work) -> bool:
 
 
 def deploy_step(work: Work, *, keep_serving: bool) -> str | None:
-    """Deploy the trained model unless that would prove nothing new; returns the URL where it answers now.
+    """Deploy the ensemble unless that would prove nothing new; returns the URL where it answers now.
 
     Raises what ``kgray.serving.deploy.deploy`` raises.
     """
@@ -74,7 +74,7 @@ def _deploy(work: Work) -> tuple[str, dict[str, Any]]:
     from kgray.serving.deploy import deploy
 
     work.ray()
-    result = deploy(work.settings.serve, work.artifacts["train"])
+    result = deploy(work.settings.serve, work.artifacts["ensemble"])
     log.info("deploy: model %s answers at %s", result.version, result.url)
     return result.url, asdict(result)
 
@@ -103,7 +103,8 @@ def _exchange(url: str, answer: dict[str, Any]) -> str:
     lines.append(f"  {answer['status']}  model {body['model']['version']}  {body['missing']}:")
     for one in body["predictions"]:
         known = "  (known)" if one["known"] else ""
-        lines.append(f"  {one['rank']:>4}  {one['score']:>8.3f}  {one['name']}{known}")
+        sure = "" if one.get("probability") is None else f"  {one['probability']:>5.1%}"
+        lines.append(f"  {one['rank']:>4}  {one['score']:>8.3f}{sure}  {one['name']}{known}")
     return "\n".join(lines)
 
 

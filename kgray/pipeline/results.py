@@ -15,8 +15,9 @@ _TARGET = {
     "embed": "embed",
     "train": "train",
     "evaluate": "evaluate",
+    "explain": "ensemble",
     "deploy": "deploy",
-    "pipeline": "train",  # its version is the one that answers carry
+    "pipeline": "ensemble",  # its version is the one that answers carry
 }
 _COLUMNS = ("mrr", "hits@1", "hits@3", "hits@10")
 
@@ -55,8 +56,8 @@ def metrics_of(artifact: Artifact) -> dict[str, float]:
 
 
 def table(work: Work) -> str:
-    """Model, ablations and baselines side by side, a row each: filtered realistic ranks, both directions of the
-    entity task and the relation task."""
+    """Model, members, ablations and baselines side by side, a row each: filtered realistic ranks, both directions of
+    the entity task and the relation task; then what is known of the model's confidence."""
     rows: dict[str, dict[str, float]] = {}
     for step, artifact in work.artifacts.items():
         job, _, variant = step.partition(" ")
@@ -64,8 +65,8 @@ def table(work: Work) -> str:
             rows[variant or "model"] = metrics_of(artifact)
     if "model" not in rows:
         return ""
-    rows = {"model": rows.pop("model")} | rows
-    rows |= _baselines(rows["model"])
+    model = rows.pop("model")
+    rows = {"model": model} | _beside("member", model) | rows | _beside("baseline", model)
     blocks = []
     for side in ("both", "relation"):
         protocol = f"{work.settings.evaluate.split}.{side}.realistic.filtered.full"
@@ -75,17 +76,29 @@ def table(work: Work) -> str:
             for name, row in measured.items():
                 lines.append(f"  {name:<38}" + "".join(_cell(row, f"{protocol}.{c}") for c in _COLUMNS))
             blocks.append("\n".join(lines))
-    return "\n\n".join(blocks)
+    blocks.append(_confidence(model, work.settings.evaluate.split))
+    return "\n\n".join(block for block in blocks if block)
 
 
-def _baselines(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """The metrics under ``baseline.<name>.`` by baseline, without that beginning."""
+def _beside(kind: str, metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """The metrics under ``<kind>.<name>.`` by kind and name, without that beginning."""
     found: dict[str, dict[str, float]] = {}
     for key, value in metrics.items():
-        if key.startswith("baseline."):
-            name, _, metric = key.removeprefix("baseline.").partition(".")
-            found.setdefault(f"baseline {name}", {})[metric] = value
+        if key.startswith(f"{kind}."):
+            name, _, metric = key.removeprefix(f"{kind}.").partition(".")
+            found.setdefault(f"{kind} {name}", {})[metric] = value
     return found
+
+
+def _confidence(metrics: Mapping[str, float], split: str) -> str:
+    """A line a task on probabilities and answer sets; empty where the model has none."""
+    lines = []
+    for side in ("both", "relation"):
+        key = f"{split}.{side}.calibration"
+        if f"{key}.ece" in metrics:
+            names = ("ece", "brier", "coverage", "set_size_median")
+            lines.append(f"{key:<40}" + "".join(f"  {name} {metrics[f'{key}.{name}']:.4g}" for name in names))
+    return "\n".join(lines)
 
 
 def _cell(metrics: Mapping[str, float], key: str) -> str:

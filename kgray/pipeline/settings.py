@@ -6,9 +6,11 @@ from kgray.config import REQUIRED, ConfigPath, configuration, option
 from kgray.data.config import DataConfig
 from kgray.data.partition import GraphConfig
 from kgray.errors import ConfigError
-from kgray.evaluation.config import EvaluateConfig
+from kgray.evaluation.config import EnsembleConfig, EvaluateConfig
 from kgray.lineage.config import LineageConfig
-from kgray.model.config import ModelConfig, ablation
+from kgray.model.config import Ablation, ModelConfig, ablation
+from kgray.model.paths_config import PathsConfig
+from kgray.reasoning.config import RulesConfig
 from kgray.runtime import RayConfig
 from kgray.serving.config import ServeConfig
 from kgray.text.config import TextConfig
@@ -31,6 +33,36 @@ class StorageConfig:
 
 
 @configuration
+class PathsMember:
+    """A path model mixed in. It learns from smaller batches at a higher rate than the main one: say 32 and 0.005."""
+
+    model: PathsConfig = option(PathsConfig, "The path model.")
+    train: TrainConfig = option(TrainConfig, "How it is trained.")
+
+
+@configuration
+class MembersConfig:
+    """The models that are mixed with the main one; see ensemble."""
+
+    variants: tuple[Ablation, ...] = option(
+        (), "Variants of the model trained beside it: text_only (no graph), graph_only (no text)."
+    )
+    seeds: tuple[int, ...] = option((), "Seeds of further trainings of the same model (bagging).")
+    rules: RulesConfig | None = option(RulesConfig, "Rules mined from training facts; null: none.")
+    paths: PathsMember | None = option(
+        None, "A path model: messages from the entity a query names along every path at once; null: none."
+    )
+
+    def __post_init__(self) -> None:
+        for key in ("variants", "seeds"):
+            given = getattr(self, key)
+            if len(set(given)) != len(given):
+                raise ConfigError(key, list(given), "each of them once")
+        if any(seed < 0 for seed in self.seeds):
+            raise ConfigError("seeds", list(self.seeds), "numbers from 0 up")
+
+
+@configuration
 class Settings:
     """All that a configuration file may say."""
 
@@ -40,6 +72,8 @@ class Settings:
     text: TextConfig | None = option(TextConfig, "How texts become vectors; null trains without text.")
     model: ModelConfig = option(ModelConfig, "The model.")
     train: TrainConfig = option(TrainConfig, "How it is trained.")
+    members: MembersConfig = option(MembersConfig, "Models mixed with the main one.")
+    ensemble: EnsembleConfig = option(EnsembleConfig, "How models are mixed, and their scores calibrated.")
     evaluate: EvaluateConfig = option(EvaluateConfig, "How it is measured.")
     serve: ServeConfig = option(ServeConfig, "The HTTP service.")
     lineage: LineageConfig = option(LineageConfig, "Runs and models in MLflow.")
@@ -48,5 +82,8 @@ class Settings:
     def __post_init__(self) -> None:
         # `text: null` alone must do: a model that would read text is then the same model without its text
         # side. Frozen only towards others: this is the one place where the tree is still being made.
+        if self.train.seed in self.members.seeds:
+            expected = f"seeds other than train.seed={self.train.seed}"
+            raise ConfigError("members.seeds", list(self.members.seeds), expected)
         if self.text is None and self.model.text.kind != "none":
             object.__setattr__(self, "model", ablation(self.model, "graph_only"))

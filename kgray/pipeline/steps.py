@@ -1,7 +1,7 @@
 """The steps of kgray: what each job reads, writes, and takes from the configuration. Floor 6.
 
-    input files -> graph -> vectors -> model -> report
-                         \\----------/        \\-> deployment
+    input files -> graph -> vectors -> model(s) -> ensemble -> report
+                         \\----------/                     \\-> deployment
     documents   -> corpus
 
 Every room is imported when its step is looked at, so that an up-to-date pipeline loads neither torch nor a
@@ -11,6 +11,7 @@ model.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,10 +22,16 @@ from kgray.lineage.tracking import Run, numeric
 from kgray.model.config import Ablation, ModelConfig, ablation
 from kgray.pipeline.plan import Step, Work
 from kgray.pipeline.settings import Settings
+from kgray.reasoning.config import RulesConfig
 from kgray.text.config import TextConfig
+from kgray.training.config import TrainConfig
+from kgray.training.families import TrainableConfig
 
 ABLATIONS: tuple[Ablation, ...] = ("text_only", "graph_only")
 """Variants trained and measured beside the model when ``evaluate.ablations`` is on."""
+
+ENSEMBLE = "ensemble"
+"""The step whose model is ranked, registered and served."""
 
 
 def steps_of(settings: Settings) -> list[Step]:
@@ -35,10 +42,47 @@ def steps_of(settings: Settings) -> list[Step]:
     if settings.text is not None:
         recipe, make = partial(_embed_recipe, text=settings.text), partial(_embed, text=settings.text)
         steps.append(Step("embed", ("ingest",), recipe, make, ("text",)))
-    variants = ablations_of(settings)
-    for which in variants:
-        steps += _model_steps(ablation(settings.model, which), f" {which}", (), None)
-    return steps + _model_steps(settings.model, "", variants, _register)
+    measured, mixed = ablations_of(settings), variants_of(settings)
+    for which in ABLATIONS:
+        if which in measured or which in mixed:
+            steps.append(_train_step(ablation(settings.model, which), settings.train, f" {which}"))
+        if which in measured:
+            steps.append(_evaluate_step(f"train {which}", f" {which}", ()))
+    steps.append(_train_step(settings.model, settings.train, ""))
+    for seed in settings.members.seeds:
+        steps.append(_train_step(settings.model, replace(settings.train, seed=seed), f" seed {seed}"))
+    if settings.members.paths is not None:
+        steps.append(_train_step(settings.members.paths.model, settings.members.paths.train, " paths"))
+    if settings.members.rules is not None:
+        recipe, make = partial(_mine_recipe, rules=settings.members.rules), partial(_mine, rules=settings.members.rules)
+        steps.append(Step("mine", ("ingest",), recipe, make, ("members",)))
+    members = members_of(settings)
+    steps.append(
+        Step(
+            ENSEMBLE,
+            ("ingest", *members.values()),
+            partial(_ensemble_recipe, members=members),
+            partial(_ensemble, members=members),
+            ("ensemble",),
+            _register,
+        )
+    )
+    return [*steps, _evaluate_step(ENSEMBLE, "", measured)]
+
+
+def members_of(settings: Settings) -> dict[str, str]:
+    """The steps whose models are mixed, by the name a member goes by in reports and explanations."""
+    found = {"fused": "train"}
+    found |= {which: f"train {which}" for which in variants_of(settings)}
+    found |= {f"seed {seed}": f"train seed {seed}" for seed in settings.members.seeds}
+    if settings.members.paths is not None:
+        found["paths"] = "train paths"
+    return found if settings.members.rules is None else found | {"rules": "mine"}
+
+
+def variants_of(settings: Settings) -> tuple[Ablation, ...]:
+    """The variants that are mixed in: without text the model is its own graph-only variant."""
+    return () if settings.model.text.kind == "none" else settings.members.variants
 
 
 def ablations_of(settings: Settings) -> tuple[Ablation, ...]:
@@ -62,32 +106,30 @@ def targets_of(job: str, settings: Settings) -> list[str]:
         return [name for name in names if name.partition(" ")[0] == "evaluate"]
     if job == "embed" and settings.text is None:
         raise ConfigError("text", None, "a section, as there is nothing to embed without one")
-    return {"embed": ["embed"], "train": ["train"], "deploy": ["train"]}[job]
+    return {"embed": ["embed"], "train": ["train"], "explain": [ENSEMBLE], "deploy": [ENSEMBLE]}[job]
 
 
-def _model_steps(model: ModelConfig, suffix: str, beside: tuple[str, ...], done: Any) -> list[Step]:
-    """Training and measuring one variant of the model. suffix: tells its steps from the main ones. beside:
-    the variants whose reports are shown in this one's."""
-    reads_text = model.text.kind != "none"
-    train, evaluate = f"train{suffix}", f"evaluate{suffix}"
+def _train_step(model: TrainableConfig, train: TrainConfig, suffix: str) -> Step:
+    """Training one model. suffix: tells its step from the main one."""
+    return Step(
+        f"train{suffix}",
+        ("ingest", "embed") if _reads_text(model) else ("ingest",),
+        partial(_train_recipe, model=model, train=train),
+        partial(_train, model=model, train=train),
+        ("model", "train"),
+    )
+
+
+def _evaluate_step(ranked: str, suffix: str, beside: tuple[str, ...]) -> Step:
+    """Measuring the model of step ``ranked``. beside: the variants whose reports are shown in this one's."""
     reports = {which: f"evaluate {which}" for which in beside}
-    return [
-        Step(
-            train,
-            ("ingest", "embed") if reads_text else ("ingest",),
-            partial(_train_recipe, model=model),
-            partial(_train, model=model),
-            ("model", "train"),
-            done,
-        ),
-        Step(
-            evaluate,
-            ("ingest", train, *reports.values()),
-            partial(_evaluate_recipe, train=train, reports=reports),
-            partial(_evaluate, train=train, reports=reports),
-            ("evaluate",),
-        ),
-    ]
+    return Step(
+        f"evaluate{suffix}",
+        ("ingest", ranked, *reports.values()),
+        partial(_evaluate_recipe, ranked=ranked, reports=reports),
+        partial(_evaluate, ranked=ranked, reports=reports),
+        ("evaluate",),
+    )
 
 
 def _ingest_recipe(work: Work) -> Recipe:
@@ -126,24 +168,51 @@ def _embed(work: Work, draft: Draft, run: Run, text: TextConfig) -> Mapping[str,
     return embed(draft, text, work.artifacts["ingest"], work.store)
 
 
-def _vectors(work: Work, model: ModelConfig) -> Artifact | None:
-    return work.artifacts["embed"] if model.text.kind != "none" else None
+def _reads_text(model: TrainableConfig) -> bool:
+    return isinstance(model, ModelConfig) and model.text.kind != "none"
 
 
-def _train_recipe(work: Work, model: ModelConfig) -> Recipe:
+def _vectors(work: Work, model: TrainableConfig) -> Artifact | None:
+    return work.artifacts["embed"] if _reads_text(model) else None
+
+
+def _train_recipe(work: Work, model: TrainableConfig, train: TrainConfig) -> Recipe:
     from kgray.training.distributed import train_recipe
 
-    graph, vectors = work.artifacts["ingest"], _vectors(work, model)
-    return train_recipe(work.store, model, work.settings.train, graph, vectors)
+    return train_recipe(work.store, model, train, work.artifacts["ingest"], _vectors(work, model))
 
 
-def _train(work: Work, draft: Draft, run: Run, model: ModelConfig) -> Mapping[str, Any]:
+def _train(work: Work, draft: Draft, run: Run, model: TrainableConfig, train: TrainConfig) -> Mapping[str, Any]:
     from kgray.pipeline.relay import relay
-    from kgray.training.distributed import train
+    from kgray.training import distributed
 
     graph, vectors = work.artifacts["ingest"], _vectors(work, model)
     with relay(run) as on_metrics:
-        return train(draft, work.store, model, work.settings.train, graph, vectors, on_metrics=on_metrics)
+        return distributed.train(draft, work.store, model, train, graph, vectors, on_metrics=on_metrics)
+
+
+def _mine_recipe(work: Work, rules: RulesConfig) -> Recipe:
+    from kgray.reasoning.artifact import rules_recipe
+
+    return rules_recipe(work.store, rules, work.artifacts["ingest"])
+
+
+def _mine(work: Work, draft: Draft, run: Run, rules: RulesConfig) -> Mapping[str, Any]:
+    from kgray.pipeline.mining import mine
+
+    return mine(draft, rules, work.artifacts["ingest"])
+
+
+def _ensemble_recipe(work: Work, members: Mapping[str, str]) -> Recipe:
+    from kgray.evaluation.ensemble import ensemble_recipe
+
+    return ensemble_recipe(work.settings.ensemble, work.artifacts["ingest"], _artifacts(work, members))
+
+
+def _ensemble(work: Work, draft: Draft, run: Run, members: Mapping[str, str]) -> Mapping[str, Any]:
+    from kgray.evaluation.ensemble import ensemble
+
+    return ensemble(draft, work.settings.ensemble, work.artifacts["ingest"], _artifacts(work, members))
 
 
 def _register(work: Work, run: Run, model: Artifact) -> None:
@@ -153,29 +222,30 @@ def _register(work: Work, run: Run, model: Artifact) -> None:
 
 
 def register_again(work: Work) -> None:
-    """Register a model that was up to date, in case MLflow was out of reach when it was trained. Nothing
+    """Register an ensemble that was up to date, in case MLflow was out of reach when it was made. Nothing
     happens where it is registered, or where this driver has no run in MLflow."""
-    model = work.artifacts.get("train")
+    model = work.artifacts.get(ENSEMBLE)
     fresh = {outcome.step for outcome in work.outcomes if outcome.status == "done"}
-    if work.parent is not None and model is not None and "train" not in fresh:
+    if work.parent is not None and model is not None and ENSEMBLE not in fresh:
         register(work.tracker, work.parent, model, numeric(model.counts))
 
 
-def _evaluate_recipe(work: Work, train: str, reports: Mapping[str, str]) -> Recipe:
+def _evaluate_recipe(work: Work, ranked: str, reports: Mapping[str, str]) -> Recipe:
     from kgray.evaluation.evaluate import evaluate_recipe
 
-    model, graph = work.artifacts[train], work.artifacts["ingest"]
-    return evaluate_recipe(work.store, work.settings.evaluate, model, graph, _reports(work, reports))
+    model, graph = work.artifacts[ranked], work.artifacts["ingest"]
+    return evaluate_recipe(work.store, work.settings.evaluate, model, graph, _artifacts(work, reports))
 
 
 def _evaluate(
-    work: Work, draft: Draft, run: Run, train: str, reports: Mapping[str, str]
+    work: Work, draft: Draft, run: Run, ranked: str, reports: Mapping[str, str]
 ) -> Mapping[str, Any]:
     from kgray.evaluation.evaluate import evaluate
 
-    model, graph = work.artifacts[train], work.artifacts["ingest"]
-    return evaluate(draft, work.settings.evaluate, model, graph, _reports(work, reports))
+    model, graph = work.artifacts[ranked], work.artifacts["ingest"]
+    return evaluate(draft, work.settings.evaluate, model, graph, _artifacts(work, reports))
 
 
-def _reports(work: Work, reports: Mapping[str, str]) -> dict[str, Artifact]:
-    return {which: work.artifacts[step] for which, step in reports.items()}
+def _artifacts(work: Work, steps: Mapping[str, str]) -> dict[str, Artifact]:
+    """The artifacts of steps, by the names the steps are given here."""
+    return {name: work.artifacts[step] for name, step in steps.items()}

@@ -20,7 +20,7 @@ from kgray.serving.config import ServeConfig
 from kgray.serving.guard import Guard, GuardRules
 from kgray.serving.names import Named, QueryError
 from kgray.serving.openapi import describe_api
-from kgray.serving.predictor import Prediction, Query, Ranking, ScoredTriple, Triple
+from kgray.serving.predictor import AnswerSet, Prediction, Query, Ranking, ScoredTriple, Triple
 from kgray.serving.problems import Problem, pointer
 
 _FIELDS = {
@@ -125,6 +125,7 @@ def _add_scoring_routes(api: FastAPI, service: Service, config: ServeConfig) -> 
             ),
             missing=ranking.missing,
             predictions=[_prediction(p) for p in ranking.predictions],
+            answer_set=_answer_set(ranking.answer_set),
         )
 
     @api.post("/v1/score", summary="Score one triple or a list of triples", dependencies=json_only)
@@ -236,7 +237,19 @@ def _add_timing(response: Response, scored: Scored) -> None:
 
 def _prediction(p: Prediction) -> schemas.PredictionBody:
     # Not validated again: there may be a thousand, and they come from us.
-    return schemas.PredictionBody.model_construct(rank=p.rank, id=p.id, name=p.name, score=p.score, known=p.known)
+    return schemas.PredictionBody.model_construct(
+        rank=p.rank,
+        id=p.id,
+        name=p.name,
+        score=p.score,
+        known=p.known,
+        probability=p.probability,
+        in_set=p.in_set,
+    )
+
+
+def _answer_set(found: AnswerSet | None) -> schemas.AnswerSetBody | None:
+    return None if found is None else schemas.AnswerSetBody(size=found.size, coverage=found.coverage)
 
 
 def _score(answer: ScoredTriple) -> schemas.ScoreBody:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from kgray.errors import NonFiniteError
+from kgray.evaluation.calibration import Calibration, Rows
 from kgray.graph.filter_index import FilterIndex
 from kgray.serving.names import Field, Named, Names, QueryError
 
@@ -47,6 +48,8 @@ class Bundle(Protocol):
     def model_version(self) -> str: ...
     @property
     def graph_version(self) -> str: ...
+    @property
+    def calibration(self) -> Calibration | None: ...
     @property
     def info(self) -> Mapping[str, Any]: ...
     def score_tails(self, heads: torch.Tensor, relations: torch.Tensor) -> torch.Tensor: ...
@@ -85,24 +88,38 @@ class Triple:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """One candidate: ``rank`` from 1; ``known`` when train, valid or test holds the fact already."""
+    """One candidate: ``rank`` from 1; ``known`` when train, valid or test holds the fact already; ``probability``
+    calibrated, of a known fact as if it were not known yet; ``in_set``: whether the answer set holds it."""
 
     rank: int
     id: str
     name: str
     score: float
     known: bool
+    probability: float | None = None
+    in_set: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerSet:
+    """The candidates likely enough that, over many queries, a share ``coverage`` of the sets hold the true answer;
+    ``size`` of them are not known yet."""
+
+    size: int
+    coverage: float
 
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """The answer to a `Query`: what was understood, and the candidates by descending score."""
+    """The answer to a `Query`: what was understood, and the candidates by descending score. ``answer_set``, and the
+    probabilities of the predictions, are None where the model is not calibrated."""
 
     missing: Missing
     head: Named | None
     relation: Named | None
     tail: Named | None
     predictions: tuple[Prediction, ...]
+    answer_set: AnswerSet | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +251,8 @@ class Predictor:
             if not np.isfinite(matrix[i]).all():
                 answers.append(_not_finite(self.version, f"{found[first].id} {found[second].id}"))
                 continue
-            answers.append(self._answer(missing, query, found, matrix[i], values[rows == i]))
+            calibrated = self._calibrated(missing, found, matrix[i], values[rows == i])
+            answers.append(self._answer(missing, query, found, matrix[i], values[rows == i], calibrated))
         return answers
 
     def _answer(
@@ -244,15 +262,36 @@ class Predictor:
         found: dict[str, Named],
         scores: Floats,
         known: npt.NDArray[np.int64],
+        calibrated: Rows | None,
     ) -> Ranking:
         table = self.relations if missing == "relation" else self.entities
         order = top_k(scores, query.top_k, without=known if query.filter_known else None)
         facts = set() if query.filter_known else set(known.tolist())
+        of_known = np.isin(order, known)
+        probabilities: list[float | None] = [None] * len(order)
+        inside: list[bool | None] = [None] * len(order)
+        answer_set = None
+        if calibrated is not None and self.bundle.calibration is not None:
+            probabilities = [*calibrated.probability(0, scores[order], of_known).tolist()]
+            inside = [*calibrated.contains(0, scores[order], of_known).tolist()]
+            size = np.count_nonzero(scores >= calibrated.threshold[0])
+            size -= np.count_nonzero(scores[known] >= calibrated.threshold[0])
+            answer_set = AnswerSet(int(size), self.bundle.calibration.coverage)
         predictions = []
-        for rank, index in enumerate(order.tolist(), start=1):
-            row = table.row(index)
-            predictions.append(Prediction(rank, row.id, row.name, float(scores[index]), index in facts))
-        return Ranking(missing, found.get("head"), found.get("relation"), found.get("tail"), tuple(predictions))
+        for place, index in enumerate(order.tolist()):
+            row, marks = table.row(index), (index in facts, probabilities[place], inside[place])
+            predictions.append(Prediction(place + 1, row.id, row.name, float(scores[index]), *marks))
+        parts = (found.get("head"), found.get("relation"), found.get("tail"))
+        return Ranking(missing, *parts, tuple(predictions), answer_set)
+
+    def _calibrated(
+        self, missing: Missing, found: dict[str, Named], scores: Floats, known: npt.NDArray[np.int64]
+    ) -> Rows | None:
+        """What calibration says of one query, over the candidates not known yet; None where it says nothing."""
+        calibration = self.bundle.calibration
+        if calibration is None:
+            return None
+        return calibration.one(missing, scores, None if missing == "relation" else found["relation"].index, known)
 
 
 def top_k(scores: Floats, count: int, without: npt.NDArray[np.int64] | None = None) -> npt.NDArray[np.int64]:

@@ -95,13 +95,33 @@ class QueryEcho(BaseModel):
 
 
 class PredictionBody(BaseModel):
-    """One answer; a higher `score` is a better one, scores of different queries do not compare."""
+    """One answer; a higher `score` is a better one, scores of different queries do not compare, probabilities do."""
 
     rank: int
     id: str
     name: str
     score: float
     known: Annotated[bool, Field(description="The graph holds this fact already.")]
+    probability: Annotated[
+        float | None,
+        Field(
+            description="How often such an answer is the true one, as validation measured it; of a known fact as if "
+            "it were not known. Null where the model is not calibrated."
+        ),
+    ]
+    in_set: Annotated[
+        bool | None, Field(description="Whether the answer set holds it. Null where the model is not calibrated.")
+    ]
+
+
+class AnswerSetBody(BaseModel):
+    """Of all candidates those likely enough that a share `coverage` of such sets hold the true answer."""
+
+    size: Annotated[
+        int,
+        Field(description="Answers in the set that the graph does not hold yet; 0: none is likely enough."),
+    ]
+    coverage: float
 
 
 class PredictResponse(BaseModel):
@@ -111,6 +131,9 @@ class PredictResponse(BaseModel):
     query: QueryEcho
     missing: Literal["head", "relation", "tail"]
     predictions: list[PredictionBody]
+    answer_set: Annotated[
+        AnswerSetBody | None, Field(description="Null where the model is not calibrated.")
+    ]
 
 
 class ScoreBody(BaseModel):

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import queue
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -20,9 +22,88 @@ from kgray.model.config import ModelConfig
 from kgray.model.fused import Neighbourhood
 from kgray.model.objectives import Batch
 
+B = TypeVar("B")
 
-class BatchMaker:
-    """Batches of one worker.
+
+class StepMaker(ABC, Generic[B]):
+    """Steps of one worker, whatever a batch of them holds.
+
+    triples: (T, 3) int64 training triples; known is built from the same array.
+    """
+
+    def __init__(
+        self, triples: Int64, known: FilterIndex, batch_size: int, seed: int, rank: int = 0, world: int = 1
+    ) -> None:
+        self.triples = triples
+        self.known = known
+        self.batch_size, self.seed, self.rank, self.world = batch_size, seed, rank, world
+        self._order: tuple[int, Int64] | None = None
+
+    @property
+    def steps(self) -> int:
+        """Steps an epoch, the same for every rank; the last one may be smaller."""
+        return -(-len(self.triples) // (self.batch_size * self.world))
+
+    @abstractmethod
+    def make(self, epoch: int, step: int) -> B:
+        """The batch of one step."""
+
+    def _positions(self, epoch: int, step: int) -> Int64:
+        """Positions of this rank's triples in the step; every triple is in exactly one batch an epoch."""
+        if self._order is None or self._order[0] != epoch:
+            generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, epoch])))
+            self._order = (epoch, generator.permutation(len(self.triples)))
+        size = self.batch_size * self.world
+        together = self._order[1][step * size : (step + 1) * size]
+        share = np.array_split(together, self.world)[self.rank]
+        # A last step with fewer triples than workers: an empty batch would have no loss, so one is seen twice.
+        return share if len(share) else together[:1]
+
+    def other_answers(self, heads: Int64, relations: Int64, tails: Int64) -> tuple[Int64, Int64]:
+        """Training answers other than the gold one to b triples' tail queries (rows from 0) and head queries (rows
+        from b): query rows and entities."""
+        rows_t, entities_t = self.known.tails(heads, relations)
+        rows_h, entities_h = self.known.heads(relations, tails)
+        other_t, other_h = entities_t != tails[rows_t], entities_h != heads[rows_h]
+        rows = np.concatenate([rows_t[other_t], rows_h[other_h] + len(heads)])
+        return rows, np.concatenate([entities_t[other_t], entities_h[other_h]])
+
+    def epoch(self, epoch: int, first_step: int = 0, ahead: int = 2) -> Iterator[B]:
+        """Batches from ``first_step`` on, made ``ahead`` of their use by a thread."""
+        ready: queue.Queue[B | BaseException | None] = queue.Queue(maxsize=ahead)
+        stop = threading.Event()
+
+        def put(item: B | BaseException | None) -> None:
+            while not stop.is_set():
+                try:
+                    ready.put(item, timeout=0.1)
+                    return
+                except queue.Full:
+                    continue
+
+        def produce() -> None:
+            try:
+                for step in range(first_step, self.steps):
+                    if stop.is_set():
+                        return
+                    put(self.make(epoch, step))
+                put(None)
+            except BaseException as error:  # handed to the consumer, who raises it
+                put(error)
+
+        thread = threading.Thread(target=produce, daemon=True, name="kgray-batches")
+        thread.start()
+        try:
+            while (item := ready.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            stop.set()
+            thread.join()
+
+class BatchMaker(StepMaker[Batch]):
+    """Batches of the fused model.
 
     triples: (T, 3) int64 training triples; index and known are built from the same array.
     """
@@ -39,23 +120,15 @@ class BatchMaker:
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        self.triples = triples
-        self.known = known
+        super().__init__(triples, known, batch_size, seed, rank, world)
         self.config = model
         self.num_relations = num_relations
         self.num_entities = index.num_entities
-        self.batch_size, self.seed, self.rank, self.world = batch_size, seed, rank, world
         self.sampler = NeighbourSampler(index, model.gnn.fanouts) if model.gnn.kind != "none" else None
         self.one_vs_all = model.objective.kind == "one_vs_all"
         self.negatives = min(model.objective.negatives, self.num_entities)
         self._local = np.full(self.num_entities, -1, dtype=np.int64)
         self._log_inclusion = self._inclusion(index.degrees)
-        self._order: tuple[int, Int64] | None = None
-
-    @property
-    def steps(self) -> int:
-        """Steps an epoch, the same for every rank; the last one may be smaller."""
-        return -(-len(self.triples) // (self.batch_size * self.world))
 
     def _inclusion(self, degrees: Int64) -> torch.Tensor | None:
         """(N,) log probability that an entity is among a step's candidates."""
@@ -64,17 +137,6 @@ class BatchMaker:
         touched = np.minimum(degrees / max(len(self.triples), 1), 1.0)
         absent = (1 - touched) ** self.batch_size * (1 - self.negatives / self.num_entities)
         return torch.from_numpy(np.log(np.maximum(1 - absent, 1e-9)).astype(np.float32))
-
-    def _positions(self, epoch: int, step: int) -> Int64:
-        """Positions of this rank's triples in the step; every triple is in exactly one batch an epoch."""
-        if self._order is None or self._order[0] != epoch:
-            generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, epoch])))
-            self._order = (epoch, generator.permutation(len(self.triples)))
-        size = self.batch_size * self.world
-        together = self._order[1][step * size : (step + 1) * size]
-        share = np.array_split(together, self.world)[self.rank]
-        # A last step with fewer triples than workers: an empty batch would have no loss, so one is seen twice.
-        return share if len(share) else together[:1]
 
     def make(self, epoch: int, step: int) -> Batch:
         """The batch of one step."""
@@ -106,44 +168,7 @@ class BatchMaker:
 
     def _known(self, heads: Int64, relations: Int64, tails: Int64) -> tuple[Int64, Int64]:
         """Query rows and candidate columns of training answers other than the gold one."""
-        rows_t, entities_t = self.known.tails(heads, relations)
-        rows_h, entities_h = self.known.heads(relations, tails)
-        other_t, other_h = entities_t != tails[rows_t], entities_h != heads[rows_h]
-        rows = np.concatenate([rows_t[other_t], rows_h[other_h] + len(heads)])
-        columns = self._local[np.concatenate([entities_t[other_t], entities_h[other_h]])]
+        rows, entities = self.other_answers(heads, relations, tails)
+        columns = self._local[entities]
         inside = columns >= 0
         return rows[inside], columns[inside]
-
-    def epoch(self, epoch: int, first_step: int = 0, ahead: int = 2) -> Iterator[Batch]:
-        """Batches from ``first_step`` on, made ``ahead`` of their use by a thread."""
-        ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=ahead)
-        stop = threading.Event()
-
-        def put(item: Batch | BaseException | None) -> None:
-            while not stop.is_set():
-                try:
-                    ready.put(item, timeout=0.1)
-                    return
-                except queue.Full:
-                    continue
-
-        def produce() -> None:
-            try:
-                for step in range(first_step, self.steps):
-                    if stop.is_set():
-                        return
-                    put(self.make(epoch, step))
-                put(None)
-            except BaseException as error:  # handed to the consumer, who raises it
-                put(error)
-
-        thread = threading.Thread(target=produce, daemon=True, name="kgray-batches")
-        thread.start()
-        try:
-            while (item := ready.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            stop.set()
-            thread.join()

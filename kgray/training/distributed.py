@@ -18,9 +18,9 @@ from kgray.artifact import Artifact, Draft, Recipe, Store
 from kgray.artifact.filesystem import is_local, resolve
 from kgray.config import to_dict
 from kgray.errors import TrainingError, UserError
-from kgray.model.config import ModelConfig
 from kgray.runtime import cluster_cpus, cluster_gpus, local_cores
 from kgray.training.config import TrainConfig
+from kgray.training.families import TrainableConfig, family_of
 
 log = logging.getLogger(__name__)
 
@@ -37,24 +37,24 @@ class Job:
     draft: Draft
     graph: Artifact
     vectors: Artifact | None
-    model: ModelConfig
+    model: TrainableConfig
     train: TrainConfig
     info: Mapping[str, Any]
 
 
 def train_recipe(
-    store: Store, model: ModelConfig, train: TrainConfig, graph: Artifact, vectors: Artifact | None
+    store: Store, model: TrainableConfig, train: TrainConfig, graph: Artifact, vectors: Artifact | None
 ) -> Recipe:
     """What a ``model`` artifact depends on; the number of workers counts, as it sets the global batch."""
     inputs = (graph.source,) if vectors is None else (graph.source, vectors.source)
     how = {k: v for k, v in to_dict(train).items() if k not in _NOT_IDENTITY}
-    return Recipe("model", FORMAT, inputs, {"model": to_dict(model), "train": how})
+    return Recipe("model", FORMAT, inputs, {family_of(model).section: to_dict(model), "train": how})
 
 
 def train(
     draft: Draft,
     store: Store,
-    model: ModelConfig,
+    model: TrainableConfig,
     train: TrainConfig,
     graph: Artifact,
     vectors: Artifact | None,
@@ -177,7 +177,6 @@ def _inputs(job: Job) -> tuple[Any, Any]:
 
 
 def _write(job: Job, graph: Any, done: Any) -> dict[str, Any]:
-    from kgray.model.bundle import write_bundle
     from kgray.training.loop import METRIC
 
     info = {
@@ -186,7 +185,7 @@ def _write(job: Job, graph: Any, done: Any) -> dict[str, Any]:
         "best_epoch": done.best_epoch,
         "epochs": len(done.history),
     }
-    write_bundle(job.draft.local_dir(), done.model, done.scorer, graph, done.history, info)
+    done.task.write(job.draft.local_dir(), done.scorer, graph, done.history, info)
     job.draft.upload_local()
     job.draft.drop_local()
     return {

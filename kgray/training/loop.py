@@ -13,64 +13,53 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from kgray.config import to_dict
-from kgray.errors import ConfigError, TrainingError
+from kgray.errors import TrainingError
 from kgray.evaluation.counts import merge
 from kgray.evaluation.ranking import filter_splits, rank_triples
 from kgray.graph.graph import Graph
 from kgray.graph.neighbours import Int64
-from kgray.model.config import ModelConfig
-from kgray.model.fused import FusedModel
-from kgray.model.objectives import batch_loss
-from kgray.model.states import EncodedViews, StateScorer, encode_all, scorer_of
+from kgray.model.bundle import Scorer
 from kgray.precision import computes_bfloat16
 from kgray.text.vectors import Vectors
-from kgray.training.batches import BatchMaker
 from kgray.training.checkpoint import Position, load_checkpoint, save_checkpoint
 from kgray.training.config import TrainConfig
+from kgray.training.families import TrainableConfig
 from kgray.training.optimisers import Optimisers
+from kgray.training.task import Task, make_task
 from kgray.training.worker import Worker
 
 METRIC = "valid.both.realistic.filtered.full.mrr"
 CHECK_STEPS = 20
 LOG_SECONDS = 15.0
-STRUCTURE_WEIGHTS = (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5)
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A finished run: the model with its best weights, the states they give, and how it went."""
+    """A finished run: the task whose model has its best weights, what it answers with, and how it went."""
 
-    model: FusedModel
-    scorer: StateScorer
+    task: Task[Any]
+    scorer: Scorer
     history: Sequence[Mapping[str, float]]
     best_epoch: int
     best: float
 
-
-def build_model(graph: Graph, vectors: Vectors | None, config: ModelConfig, seed: int) -> FusedModel:
-    """A model with seeded initial weights for this graph; raises ConfigError when it needs text and there is none."""
-    if config.text.kind != "none" and vectors is None:
-        raise ConfigError("model.text.kind", config.text.kind, "'none', as there are no text vectors (text is null)")
-    torch.manual_seed(seed)
-    index = graph.message_index()
-    entity_text = relation_text = None
-    if vectors is not None and config.text.kind != "none":
-        entity_text = torch.from_numpy(np.array(vectors.entities))
-        relation_text = torch.from_numpy(np.array(vectors.relations))
-    has_edges = torch.from_numpy(index.degrees > 0)
-    return FusedModel(config, graph.num_relations, has_edges, entity_text, relation_text)
+    @property
+    def model(self) -> nn.Module:
+        return self.task.model
 
 
 class Trainer:
     """One run of the loop on one worker."""
 
     def __init__(
-        self, graph: Graph, vectors: Vectors | None, model: ModelConfig, train: TrainConfig, worker: Worker
+        self, graph: Graph, vectors: Vectors | None, model: TrainableConfig, train: TrainConfig, worker: Worker
     ) -> None:
         if not len(graph.triples["train"]):
             raise TrainingError(f"graph {graph.version} has no training triples: nothing to learn from")
@@ -80,19 +69,8 @@ class Trainer:
                 "the best epoch is chosen by them"
             )
         self.graph, self.config, self.worker = graph, train, worker
-        self.index = graph.message_index()
-        self.model = build_model(graph, vectors, model, train.seed).to(worker.device)
-        self.batches = BatchMaker(
-            graph.triples["train"],
-            self.index,
-            graph.known(["train"]),
-            model,
-            graph.num_relations,
-            train.batch_size,
-            train.seed,
-            worker.rank,
-            worker.world,
-        )
+        self.task = make_task(graph, vectors, model, train, worker)
+        self.model, self.batches = self.task.model, self.task.batches
         updates = -(-self.batches.steps // train.accumulate)
         self.optimisers = Optimisers(self.model, train.optimiser, updates * train.epochs)
         self.autocast = autocast_dtype(train.precision, worker.device)
@@ -159,7 +137,7 @@ class Trainer:
         said = time.monotonic()
         for step, batch in enumerate(self.batches.epoch(at.epoch, at.step), start=at.step):
             with torch.autocast(self.worker.device.type, self.autocast, enabled=self.autocast is not None):
-                loss, parts = batch_loss(self.model, batch.to(self.worker.device), self.model.config.objective)
+                loss, parts = self.task.loss(batch.to(self.worker.device))
             (loss / config.accumulate).backward()  # type: ignore[no-untyped-call]
             pending.append((step, {"loss": loss.detach(), **parts}))
             update = (step + 1) % config.accumulate == 0 or step == last
@@ -206,7 +184,7 @@ class Trainer:
 
     def _validate(self) -> dict[str, float]:
         at = self.position
-        metrics = self._rank(scorer_of(self.model, self.index))
+        metrics = self._rank(self.task.scorer())
         if metrics[METRIC] > at.best:
             at.best, at.best_epoch, at.stale = metrics[METRIC], at.epoch, 0
             at.best_weights = {k: v.detach().cpu().clone() for k, v in self.model.state_dict().items()}
@@ -214,7 +192,7 @@ class Trainer:
             at.stale += 1
         return metrics
 
-    def _rank(self, scorer: StateScorer) -> dict[str, float]:
+    def _rank(self, scorer: Scorer) -> dict[str, float]:
         """Validation metrics over all workers' shares."""
         counts = rank_triples(scorer, self.valid, self.known, split="valid", tasks=("tail", "head"))
         whole = merge(self.worker.gather(counts))
@@ -253,22 +231,8 @@ class Trainer:
             at.best,
         )
         self.model.eval()
-        encoded = encode_all(self.model, self.index)
-        best = self._weigh_views(encoded) if len(encoded.heads) > 1 else at.best
-        scorer = encoded.scorer(float(self.model.structure_weight))
-        return Fit(self.model, scorer, at.history, at.best_epoch, best)
-
-    def _weigh_views(self, encoded: EncodedViews) -> float:
-        """Set the weight of the structural view to the one that ranks the validation triples best; their MRR.
-
-        The structural view is surer of the training triples than of any other, so its weight cannot be learned there.
-        """
-        tried = {weight: self._rank(encoded.scorer(weight))[METRIC] for weight in STRUCTURE_WEIGHTS}
-        weight = max(tried, key=lambda w: tried[w])
-        self.model.structure_weight.fill_(weight)
-        curve = ", ".join(f"{w:g}: {mrr:.4f}" for w, mrr in tried.items())
-        self.worker.say("weight of the structural view %g (validation MRR by weight: %s)", weight, curve)
-        return tried[weight]
+        scorer, best = self.task.finish(lambda scorer: self._rank(scorer)[METRIC], at.best, self.worker.say)
+        return Fit(self.task, scorer, at.history, at.best_epoch, best)
 
 
 _NOT_IDENTITY = ("workers", "device", "cpus_per_worker", "max_failures", "checkpoint_steps")
@@ -285,7 +249,7 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
 def fit(
     graph: Graph,
     vectors: Vectors | None,
-    model: ModelConfig,
+    model: TrainableConfig,
     train: TrainConfig,
     worker: Worker | None = None,
     resume: Path | None = None,

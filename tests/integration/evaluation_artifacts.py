@@ -52,6 +52,7 @@ def graph_artifact(
             low, high = bounds[number], bounds[number + 1]
             ids = pa.array(keys[low:high], pa.string())
             table = {"id": pa.array(range(low, high), pa.int64()), "external_id": ids, "name": ids}
+            table["description"] = pa.array([""] * (high - low), pa.string())
             draft.write_table(f"entities/part-{number:05d}.parquet", pa.table(table))
             for split in SPLITS:
                 rows = splits[split][(splits[split][:, 0] >= low) & (splits[split][:, 0] < high)]

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from kgray.pipeline import command, lineage_command
+from kgray.pipeline import command, explain_command, lineage_command
 
 REPO = Path(__file__).resolve().parents[2]
 QUICKSTART = str(REPO / "configs" / "quickstart.yaml")
@@ -32,6 +32,8 @@ def run(capfd: pytest.CaptureFixture[str]) -> Any:
         capfd.readouterr()
         if job == "lineage":
             status = lineage_command.main(arguments)
+        elif job == "explain":
+            status = explain_command.main([config, *arguments])
         else:
             status = command.main(job, [config, *arguments])
         out, err = capfd.readouterr()
@@ -48,15 +50,24 @@ def test_without_mlflow_the_pipeline_finishes_says_so_once_and_is_traced_to_its_
     options = [f"storage.root={tmp_path}", NO_MLFLOW, "text=null", *SMALL]
     status, first, out, err = run("evaluate", *options)
     assert status == 0, err
-    assert statuses(first) == {"ingest": "done", "train": "done", "evaluate": "done"}
+    assert statuses(first) == dict.fromkeys(["ingest", "train", "mine", "ensemble", "evaluate"], "done")
     assert err.count("MLflow at http://127.0.0.1:9 cannot be used") == 1
     assert 0 < first["metrics"]["test.both.realistic.filtered.full.mrr"] <= 1
-    assert "baseline" in out
+    assert "baseline" in out and "\n  member fused" in out
+    assert 0 <= first["metrics"]["test.both.calibration.ece"] <= 1 and "test.both.calibration" in out
 
     status, again, _, err = run("evaluate", *options)
     assert status == 0 and again["status"] == "up to date" and again["version"] == first["version"]
     assert set(statuses(again).values()) == {"up to date"}
     assert again["seconds"] < 15 and "MLflow" not in err
+
+    status, told, out, err = run("explain", *options, "--head", "virus", "--relation", "causes", "--top", "1", "--json")
+    (reasons,) = told["explanations"]
+    assert status == 0 and told["status"] == "up to date" and len(out.splitlines()) == 1, err
+    assert sum(a["value"] for a in reasons["addends"]) == pytest.approx(reasons["score"], rel=1e-3, abs=1e-3)
+    assert reasons["neighbours"]["facts"] and reasons["rules"] and 0 <= reasons["probability"] <= 1
+    status, _, _, err = run("explain", *options, "--head", "virsu", "--relation", "causes")
+    assert status == 2 and "did you mean 'virus'" in err.splitlines()[-1]
 
     status, chain, tree, _ = run("lineage", first["version"], "--storage", str(tmp_path), "--verify")
     files = {file["uri"]: file["sha256"] for file in chain["files"]}
@@ -120,6 +131,9 @@ def test_the_pipeline_with_ablations_deploys_and_shows_its_answers_again(run, tm
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = [f"storage.root={tmp_path}", f"serve.port={port}", "evaluate.ablations=true", *SMALL]
+    # A member of every family: a variant, which is an ablation too, another seed, paths and rules.
+    options += ["members.variants=[text_only]", "members.seeds=[1]"]
+    options += ["members.paths.model={layers: 2, dim: 8, keep: 20}", "members.paths.train.epochs=1"]
     try:
         status, result, out, err = run("pipeline", *options)
     finally:
@@ -127,9 +141,11 @@ def test_the_pipeline_with_ablations_deploys_and_shows_its_answers_again(run, tm
     assert status == 0, err[-3000:]
     assert list(statuses(result)) == [
         *("ingest", "embed", "train text_only", "evaluate text_only"),
-        *("train graph_only", "evaluate graph_only", "train", "evaluate", "deploy"),
+        *("train graph_only", "evaluate graph_only", "train", "train seed 1", "train paths", "mine"),
+        *("ensemble", "evaluate", "deploy"),
     ]
-    for row in ("model", "text_only", "graph_only", "baseline"):
+    members = [f"member {name}" for name in ("fused", "text_only", "seed 1", "paths", "rules")]
+    for row in ("model", *members, "text_only", "graph_only", "baseline"):
         assert f"\n  {row}" in out
     assert f"POST http://127.0.0.1:{port}/v1/predict" in out
     assert result["url"] == f"http://127.0.0.1:{port}"

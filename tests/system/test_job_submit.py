@@ -139,7 +139,7 @@ def test_the_submitted_quickstart_leaves_a_traced_answer_behind(head: Head, stor
     client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
     experiment = client.get_experiment_by_name("kgray")
     runs = client.search_runs([experiment.experiment_id], "tags.`ray.submission_id` = 'kgray-system-1'")
-    assert {run.info.run_name for run in runs} >= {"ingest", "embed", "train", "evaluate", "deploy"}
+    assert {run.info.run_name for run in runs} >= {"ingest", "embed", "train", "ensemble", "evaluate", "deploy"}
     assert {run.info.status for run in runs} == {"FINISHED"}
 
     # Submitted again it changes nothing, and the service answers throughout.

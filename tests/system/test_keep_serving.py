@@ -46,7 +46,7 @@ def test_the_pipeline_keeps_serving_until_asked_to_end(tmp_path: Path, ending: s
             assert result["status"] == "done" and result["url"] == f"http://127.0.0.1:{port}"
             question = {"head": "virus", "relation": "causes", "top_k": 3}
             answer = httpx.post(f"{result['url']}/v1/predict", json=question, timeout=30, trust_env=False)
-            assert answer.headers["x-kgray-model-version"] == result["steps"]["train"]["artifact"][-16:]
+            assert answer.headers["x-kgray-model-version"] == result["steps"]["ensemble"]["artifact"][-16:]
             os.kill(process.pid, ending)
             rest = process.stdout.read()
             assert process.wait(timeout=60) == 0, (tmp_path / "err").read_text()[-3000:]

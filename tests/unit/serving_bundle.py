@@ -34,6 +34,7 @@ class TableBundle:
         )
         self.known = FilterIndex.build(self.triples, entities, relations)
         self.model_version, self.graph_version = "0123456789abcdef", "fedcba9876543210"
+        self.calibration = None
         self.info = {"metrics": {"valid.both.realistic.filtered.full.mrr": 0.5, "broken": float("nan")}}
 
     def score_tails(self, heads: torch.Tensor, relations: torch.Tensor) -> torch.Tensor:

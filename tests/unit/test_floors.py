@@ -16,9 +16,9 @@ FLOORS = {
     "kgray.serving": 6,
     "kgray.pipeline": 6,
     "kgray.training": 5,
-    "kgray.reasoning": 5,
     "kgray.evaluation": 4,
     "kgray.model": 4,
+    "kgray.reasoning": 4,
     "kgray.extraction": 4,
     "kgray.graph": 3,
     "kgray.data": 3,
@@ -123,7 +123,7 @@ def import_blocked(modules: list[str], blocked: tuple[str, ...]) -> subprocess.C
 
 
 def ray_free_modules() -> list[str]:
-    rooms = ("kgray.model", "kgray.graph")
+    rooms = ("kgray.model", "kgray.graph", "kgray.reasoning")
     modules = [module_of(path) for path in FILES]
     # kgray/graph/store.py is to be the one exception: it keeps shards of the graph in Ray actors.
     chosen = [m for m in modules if room_of(m) in rooms and m != "kgray.graph.store"]

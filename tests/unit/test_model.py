@@ -31,7 +31,7 @@ from kgray.model.gnn import GNNS
 from kgray.model.objectives import Batch, batch_loss, entity_loss
 from kgray.model.states import StateScorer, encode_all, join, scorer_of
 from kgray.training.batches import BatchMaker
-from kgray.training.loop import build_model
+from kgray.training.fused_task import build_model
 
 
 def batches(config: ModelConfig, data: Graph, batch_size: int = 16) -> BatchMaker:

@@ -17,7 +17,7 @@ import yaml
 
 from kgray.config import load_config, show_config
 from kgray.errors import ConfigError, DataError
-from kgray.pipeline import command, lineage_command
+from kgray.pipeline import command, explain_command, lineage_command
 from kgray.pipeline.plan import needed
 from kgray.pipeline.settings import Settings
 from kgray.pipeline.steps import steps_of, targets_of
@@ -129,18 +129,25 @@ def test_storage_follows_the_environment_and_lies_outside_the_checkout_by_defaul
         ("embed", [], ["ingest", "embed"]),
         ("train", [], ["ingest", "embed", "train"]),
         ("train", ["text=null"], ["ingest", "train"]),
-        ("deploy", [], ["ingest", "embed", "train"]),
-        ("evaluate", [], ["ingest", "embed", "train", "evaluate"]),
+        ("deploy", [], ["ingest", "embed", "train", "mine", "ensemble"]),
+        ("evaluate", [], ["ingest", "embed", "train", "mine", "ensemble", "evaluate"]),
         (
             "evaluate",
             ["evaluate.ablations=true"],
             [
                 *("ingest", "embed", "train text_only", "evaluate text_only"),
-                *("train graph_only", "evaluate graph_only", "train", "evaluate"),
+                *("train graph_only", "evaluate graph_only", "train", "mine", "ensemble", "evaluate"),
             ],
         ),
-        ("evaluate", ["evaluate.ablations=true", "text=null"], ["ingest", "train", "evaluate"]),
-        ("pipeline", [], ["ingest", "embed", "train", "evaluate"]),
+        ("evaluate", ["evaluate.ablations=true", "text=null"], ["ingest", "train", "mine", "ensemble", "evaluate"]),
+        ("explain", [], ["ingest", "embed", "train", "mine", "ensemble"]),
+        ("deploy", ["members.rules=null"], ["ingest", "embed", "train", "ensemble"]),
+        (
+            "deploy",
+            ["members.variants=[text_only]", "members.seeds=[4]", "members.paths={}"],
+            ["ingest", "embed", "train", "train text_only", "train seed 4", "train paths", "mine", "ensemble"],
+        ),
+        ("pipeline", [], ["ingest", "embed", "train", "mine", "ensemble", "evaluate"]),
     ],
 )
 def test_a_job_asks_for_its_steps_and_what_they_need(job, overrides, steps):
@@ -174,6 +181,33 @@ def test_looking_at_the_steps_loads_neither_torch_nor_ray_nor_mlflow():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPO)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "two of --head, --relation, --tail, or all three, not 0"),
+        (["--head", "virus"], "not 1"),
+        (["--head", "virus", "--relation", "causes", "--top", "0"], "--top must be at least 1, not 0"),
+        (["--head", "virus", "--relation", "causes", "--top", "many"], "--top"),
+        (["--head", "virus", "train.epoch=3"], "train.epochs"),
+    ],
+)
+def test_a_query_that_asks_for_nothing_is_refused_first(arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("KGRAY_STORAGE", str(tmp_path / "none"))
+    try:
+        status = explain_command.main([QUICKSTART, *arguments])
+    except SystemExit as end:
+        status = end.code
+    out, err = capsys.readouterr()
+    assert status == 2 and not (tmp_path / "none").exists()
+    assert last_json(out)["job"] == "explain" and last_json(out)["status"] == "failed"
+    assert words in err.splitlines()[-1] and "Traceback" not in err
+
+
+def test_explain_shows_its_configuration(capsys):
+    assert explain_command.main([QUICKSTART, "--show-config", "train.epochs=7"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["train"]["epochs"] == 7
 
 
 @pytest.mark.parametrize("arguments", [["0000000000000000"], ["model/0123", QUICKSTART]])

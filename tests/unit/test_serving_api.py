@@ -100,8 +100,11 @@ def test_predict(client: TestClient, service: LocalService) -> None:
         },
         "missing": "tail",
         "predictions": [
-            {"rank": p.rank, "id": p.id, "name": p.name, "score": p.score, "known": False} for p in want.predictions
+            {"rank": p.rank, "id": p.id, "name": p.name, "score": p.score, "known": False}
+            | {"probability": None, "in_set": None}
+            for p in want.predictions
         ],
+        "answer_set": None,
     }
 
 

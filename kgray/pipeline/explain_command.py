@@ -1,0 +1,112 @@
+"""The command line of ``jobs.explain``. Floor 6."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from kgray.artifact import Artifact, Store
+from kgray.errors import ArtifactNotFoundError, UserError
+from kgray.pipeline.command import guarded, parser_of
+from kgray.pipeline.plan import Work, needed
+
+if TYPE_CHECKING:
+    from kgray.model.leave_one_out import LeaveOneOut
+
+PARTS = ("head", "relation", "tail")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print why the model answers what it answers; the exit status."""
+    parser = parser_of("explain")
+    parser.add_argument("--head", metavar="ID", help="id or name; two of head, relation, tail ask for the third")
+    parser.add_argument("--relation", metavar="ID", help="all three: this triple is explained, asked from either end")
+    parser.add_argument("--tail", metavar="ID")
+    parser.add_argument("--top", metavar="N", type=int, default=3, help="answers explained, best first (3)")
+    parser.add_argument("--filter-known", action="store_true", help="leave out answers known already")
+    parser.add_argument("--json", action="store_true", help="no text; everything in the line of JSON, 'explanations'")
+    return guarded("explain", parser.parse_args(arguments), run)
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Build what is missing, explain, print. Raises UserError for a query that cannot be answered."""
+    from kgray.config import load_config, show_config
+    from kgray.pipeline import results, steps
+    from kgray.pipeline.settings import Settings
+
+    settings = load_config(Settings, options.config, options.overrides)
+    if options.show_config:
+        print(show_config(settings), end="", flush=True)
+        return {"_said": True}
+    given = {part: getattr(options, part) for part in PARTS if getattr(options, part) is not None}
+    if len(given) < 2:
+        raise UserError(f"give two of --head, --relation, --tail, or all three, not {len(given)}")
+    if options.top < 1:
+        raise UserError(f"--top must be at least 1, not {options.top}")
+    with Work(settings, f"explain {Path(options.config).stem}") as work:
+        for step in needed(steps.steps_of(settings), steps.targets_of("explain", settings)):
+            work.run(step)
+        found = explain(work, given, options.top, filter_known=options.filter_known)
+        if not options.json:
+            print("\n\n".join(text for text, _ in found), flush=True)
+        result = results.result("explain", work) | {"metrics": {"explanations": len(found)}}
+        return result | {"explanations": [data for _, data in found] if options.json else None}
+
+
+def explain(work: Work, given: dict[str, str], top: int, *, filter_known: bool) -> list[tuple[str, dict[str, Any]]]:
+    """Text and JSON of each explanation of the model that ``work`` has built."""
+    from kgray.model.bundle import Bundle
+    from kgray.pipeline.steps import ENSEMBLE
+    from kgray.reasoning.prediction import Explainer
+    from kgray.reasoning.render import Vocabulary, render, to_json
+    from kgray.serving.names import Field, Names
+
+    bundle = Bundle.load(work.artifacts[ENSEMBLE])
+    words = Vocabulary(bundle.entity_ids, bundle.entity_names, bundle.relation_ids, bundle.relation_names)
+    entities = Names("entity", words.entity_ids, words.entity_names)
+    relations = Names("relation", words.relation_ids, words.relation_names)
+    ids = {
+        part: (relations if part == "relation" else entities).find(cast(Field, part), value).index
+        for part, value in given.items()
+    }
+    # A whole triple has two directions, each with a score of its own; without an entity task there is the third.
+    tasks = [part for part in PARTS if part not in ids] or ["tail", "head"]
+    for task in tasks:
+        if task not in bundle.tasks:
+            raise UserError(f"this model cannot tell the {task}, it answers {' and '.join(bundle.tasks)} queries")
+    explainer = Explainer(bundle, "fused", leave_one_out(work))
+    found = []
+    for task in tasks:
+        first, second = (ids[part] for part in PARTS if part != task)
+        if task in ids:
+            candidates = [ids[task]]
+        else:
+            candidates = explainer.best(task, first, second, top, filter_known=filter_known)
+        found += explainer.explain(task, first, second, candidates)
+    return [(render(one, words, place + 1), to_json(one, words)) for place, one in enumerate(found)]
+
+
+def leave_one_out(work: Work) -> LeaveOneOut | str:
+    """The means to leave facts out of the main model, or in words why there are none."""
+    from kgray.graph.graph import Graph
+    from kgray.model.bundle import Bundle
+    from kgray.model.leave_one_out import LeaveOneOut, NotExplainableError
+    from kgray.text.vectors import load_vectors
+
+    member = Bundle.load(work.artifacts["train"])
+    version = member.info.get("vectors")
+    found = None if version is None else _find(work.store, f"vectors/{version}")
+    vectors = None if found is None else load_vectors(found)
+    try:
+        return LeaveOneOut.of(member, Graph.load(work.artifacts["ingest"]), vectors)
+    except NotExplainableError as error:
+        return str(error)
+
+
+def _find(store: Store, target: str) -> Artifact | None:
+    try:
+        return store.get(target)
+    except ArtifactNotFoundError:
+        return None

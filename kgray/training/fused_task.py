@@ -1,0 +1,107 @@
+"""The fused model in the training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kgray.errors import ConfigError
+from kgray.graph.graph import Graph
+from kgray.graph.neighbours import NeighbourIndex
+from kgray.model.bundle import Scorer, write_bundle
+from kgray.model.config import ModelConfig
+from kgray.model.fused import FusedModel
+from kgray.model.objectives import Batch, batch_loss
+from kgray.model.states import EncodedViews, StateScorer, encode_all, scorer_of
+from kgray.text.vectors import Vectors
+from kgray.training.batches import BatchMaker
+from kgray.training.config import TrainConfig
+from kgray.training.task import Task
+from kgray.training.worker import Worker
+
+STRUCTURE_WEIGHTS = (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5)
+
+
+def build_model(graph: Graph, vectors: Vectors | None, config: ModelConfig, seed: int) -> FusedModel:
+    """A model with seeded initial weights for this graph; raises ConfigError when it needs text and there is none."""
+    if config.text.kind != "none" and vectors is None:
+        raise ConfigError("model.text.kind", config.text.kind, "'none', as there are no text vectors (text is null)")
+    torch.manual_seed(seed)
+    index = graph.message_index()
+    entity_text = relation_text = None
+    if vectors is not None and config.text.kind != "none":
+        entity_text = torch.from_numpy(np.array(vectors.entities))
+        relation_text = torch.from_numpy(np.array(vectors.relations))
+    has_edges = torch.from_numpy(index.degrees > 0)
+    return FusedModel(config, graph.num_relations, has_edges, entity_text, relation_text)
+
+
+class FusedTask(Task[Batch]):
+    """See :class:`Task`. index: the message graph its states are computed over."""
+
+    model: FusedModel
+    batches: BatchMaker
+
+    def __init__(self, model: FusedModel, batches: BatchMaker, index: NeighbourIndex) -> None:
+        self.model, self.batches, self.index = model, batches, index
+
+    @classmethod
+    def make(
+        cls, graph: Graph, vectors: Vectors | None, config: ModelConfig, train: TrainConfig, worker: Worker
+    ) -> FusedTask:
+        index = graph.message_index()
+        model = build_model(graph, vectors, config, train.seed).to(worker.device)
+        batches = BatchMaker(
+            graph.triples["train"],
+            index,
+            graph.known(["train"]),
+            config,
+            graph.num_relations,
+            train.batch_size,
+            train.seed,
+            worker.rank,
+            worker.world,
+        )
+        return cls(model, batches, index)
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        return batch_loss(self.model, batch, self.model.config.objective)
+
+    def scorer(self) -> StateScorer:
+        return scorer_of(self.model, self.index)
+
+    def finish(self, rank: Callable[[Scorer], float], best: float, say: Callable[..., None]) -> tuple[Scorer, float]:
+        encoded = encode_all(self.model, self.index)
+        if len(encoded.heads) > 1:
+            best = self._weigh_views(encoded, rank, say)
+        return encoded.scorer(float(self.model.structure_weight)), best
+
+    def _weigh_views(
+        self, encoded: EncodedViews, rank: Callable[[Scorer], float], say: Callable[..., None]
+    ) -> float:
+        """Set the weight of the structural view to the one that ranks the validation triples best; their MRR.
+
+        The structural view is surer of the training triples than of any other, so its weight cannot be learned there.
+        """
+        tried = {weight: rank(encoded.scorer(weight)) for weight in STRUCTURE_WEIGHTS}
+        weight = max(tried, key=lambda w: tried[w])
+        self.model.structure_weight.fill_(weight)
+        curve = ", ".join(f"{w:g}: {mrr:.4f}" for w, mrr in tried.items())
+        say("weight of the structural view %g (validation MRR by weight: %s)", weight, curve)
+        return tried[weight]
+
+    def write(
+        self,
+        folder: Path,
+        scorer: Scorer,
+        graph: Graph,
+        history: Sequence[Mapping[str, Any]],
+        info: Mapping[str, Any],
+    ) -> None:
+        assert isinstance(scorer, StateScorer)
+        write_bundle(folder, self.model, scorer, graph, history, info)

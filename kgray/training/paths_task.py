@@ -1,0 +1,116 @@
+"""The path model in the training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kgray.errors import ConfigError
+from kgray.graph.filter_index import FilterIndex
+from kgray.graph.graph import Graph
+from kgray.graph.neighbours import Int64
+from kgray.graph.sampler import step_generator
+from kgray.model.bundle import Scorer
+from kgray.model.path_scorer import PathScorer, write_paths
+from kgray.model.paths import PathBatch, PathModel, path_loss
+from kgray.model.paths_config import PathsConfig
+from kgray.text.vectors import Vectors
+from kgray.training.batches import StepMaker
+from kgray.training.config import TrainConfig
+from kgray.training.task import Task
+from kgray.training.worker import Worker
+
+
+class PathBatchMaker(StepMaker[PathBatch]):
+    """Queries of one worker's steps. triples: (T, 3) int64, those ``known`` is built from."""
+
+    def __init__(
+        self,
+        triples: Int64,
+        known: FilterIndex,
+        config: PathsConfig,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        super().__init__(triples, known, batch_size, seed, rank, world)
+        self.config = config
+
+    def make(self, epoch: int, step: int) -> PathBatch:
+        positions = self._positions(epoch, step)
+        heads, relations, tails = self.triples[positions].T
+        known_query, known_entity = self.other_answers(heads, relations, tails)
+        return PathBatch(
+            head=torch.from_numpy(np.concatenate([heads, tails])),
+            relation=torch.from_numpy(np.concatenate([relations, relations + self.known.num_relations])),
+            tail=torch.from_numpy(np.concatenate([tails, heads])),
+            triple=torch.from_numpy(np.concatenate([positions, positions])),
+            known_query=torch.from_numpy(known_query),
+            known_entity=torch.from_numpy(known_entity),
+            withheld=self._withheld(epoch, step, positions),
+        )
+
+    def _withheld(self, epoch: int, step: int, positions: Int64) -> Tensor | None:
+        """(T,) bool, or None for nothing."""
+        if not self.config.edge_drop and not self.config.remove_batch:
+            return None
+        withheld = np.zeros(len(self.triples), dtype=bool)
+        if self.config.edge_drop:
+            generator = step_generator(self.seed, epoch, step, self.rank)
+            withheld = generator.random(len(self.triples), dtype=np.float32) < self.config.edge_drop
+        if self.config.remove_batch:
+            withheld[positions] = True
+        return torch.from_numpy(withheld)
+
+
+class PathsTask(Task[PathBatch]):
+    """See :class:`Task`."""
+
+    model: PathModel
+    batches: PathBatchMaker
+
+    def __init__(self, model: PathModel, batches: PathBatchMaker) -> None:
+        self.model, self.batches = model, batches
+
+    @classmethod
+    def make(
+        cls, graph: Graph, vectors: Vectors | None, config: PathsConfig, train: TrainConfig, worker: Worker
+    ) -> PathsTask:
+        """The path model reads no text: ``vectors`` must be None; raises ConfigError otherwise."""
+        if vectors is not None:
+            raise ConfigError("vectors", vectors, "null: the path model reads the graph alone")
+        torch.manual_seed(train.seed)
+        model = PathModel(config, graph.message_index(), graph.num_relations).to(worker.device)
+        batches = PathBatchMaker(
+            graph.triples["train"],
+            graph.known(["train"]),
+            config,
+            train.batch_size,
+            train.seed,
+            worker.rank,
+            worker.world,
+        )
+        return cls(model, batches)
+
+    def loss(self, batch: PathBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = path_loss(self.model, batch)
+        return loss, {}
+
+    def scorer(self) -> PathScorer:
+        return PathScorer(self.model)
+
+    def write(
+        self,
+        folder: Path,
+        scorer: Scorer,
+        graph: Graph,
+        history: Sequence[Mapping[str, Any]],
+        info: Mapping[str, Any],
+    ) -> None:
+        write_paths(folder, self.model, graph, history, info)

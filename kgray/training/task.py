@@ -1,0 +1,85 @@
+"""What a family of models brings to the one training loop; everything else there is the same for all."""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Generic, Protocol, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from kgray.graph.graph import Graph
+from kgray.model.bundle import Scorer
+from kgray.text.vectors import Vectors
+from kgray.training.batches import StepMaker
+from kgray.training.config import TrainConfig
+from kgray.training.families import TrainableConfig, family_of
+from kgray.training.worker import Worker
+
+
+class Movable(Protocol):
+    """A batch."""
+
+    def to(self, device: torch.device) -> Self: ...
+
+
+B = TypeVar("B", bound=Movable)
+
+
+class Task(ABC, Generic[B]):
+    """One model to train: how it is made, fed, asked, and written.
+
+    model: with seeded initial weights, on the worker's device. batches: its steps. Making a task may draw from torch's
+    generator only after seeding it with ``train.seed``.
+    """
+
+    model: nn.Module
+    batches: StepMaker[B]
+
+    @classmethod
+    @abstractmethod
+    def make(
+        cls, graph: Graph, vectors: Vectors | None, config: Any, train: TrainConfig, worker: Worker
+    ) -> Task[Any]:
+        """The task of this configuration; raises ConfigError where it does not fit the data."""
+
+    @abstractmethod
+    def loss(self, batch: B) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean loss over a batch, and its parts for the log; called under the run's autocast."""
+
+    @abstractmethod
+    def scorer(self) -> Scorer:
+        """The model as it is, ready to rank; dropout off, the model's mode left as it was."""
+
+    def finish(
+        self, rank: Callable[[Scorer], float], best: float, say: Callable[..., None]
+    ) -> tuple[Scorer, float]:
+        """With the best weights restored: what is decided on validation triples at the very end.
+
+        rank: the validation MRR of a scorer. best: that of the restored weights. Returns the scorer to answer by and
+        its validation MRR.
+        """
+        return self.scorer(), best
+
+    @abstractmethod
+    def write(
+        self,
+        folder: Path,
+        scorer: Scorer,
+        graph: Graph,
+        history: Sequence[Mapping[str, Any]],
+        info: Mapping[str, Any],
+    ) -> None:
+        """Write every file of the ``model`` artifact."""
+
+
+def make_task(
+    graph: Graph, vectors: Vectors | None, config: TrainableConfig, train: TrainConfig, worker: Worker
+) -> Task[Any]:
+    """The task of whichever family the configuration is of."""
+    module, _, name = family_of(config).task.partition(":")
+    task: type[Task[Any]] = getattr(importlib.import_module(module), name)
+    return task.make(graph, vectors, config, train, worker)
