@@ -192,9 +192,9 @@ def _train(work: Work, draft: Draft, run: Run, model: TrainableConfig, train: Tr
 
 
 def _mine_recipe(work: Work, rules: RulesConfig) -> Recipe:
-    from kgray.reasoning.artifact import rules_recipe
+    from kgray.reasoning.recipe import rules_recipe
 
-    return rules_recipe(work.store, rules, work.artifacts["ingest"])
+    return rules_recipe(rules, work.artifacts["ingest"])
 
 
 def _mine(work: Work, draft: Draft, run: Run, rules: RulesConfig) -> Mapping[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from kgray.artifact import Artifact, Draft, Recipe, Store
+from kgray.artifact import Artifact, Draft
 from kgray.config import from_dict, to_dict
 from kgray.errors import ArtifactError
 from kgray.graph.graph import Graph
@@ -22,17 +22,9 @@ from kgray.model.bundle import write_common
 from kgray.reasoning.config import RulesConfig
 from kgray.reasoning.facts import Facts
 from kgray.reasoning.mining import mine_rules
+from kgray.reasoning.recipe import FAMILY
 from kgray.reasoning.rules import Rules
 from kgray.reasoning.scorer import RuleScorer
-
-FORMAT = 1
-"""Raised whenever this code would mine something else from the same graph and configuration."""
-FAMILY = "rules"
-
-
-def rules_recipe(store: Store, config: RulesConfig, graph: Artifact) -> Recipe:
-    """What a ``model`` artifact of rules depends on."""
-    return Recipe("model", FORMAT, (graph.source,), {"family": FAMILY, "rules": to_dict(config)})
 
 
 def mine(draft: Draft, config: RulesConfig, graph: Artifact) -> dict[str, int]:

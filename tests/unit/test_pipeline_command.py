@@ -177,6 +177,7 @@ def test_looking_at_the_steps_loads_neither_torch_nor_ray_nor_mlflow():
         "import sys\n"
         "from kgray.pipeline import command, deployment, results, settings, steps\n"
         "import kgray.data.ingest, kgray.text.embed, kgray.training.distributed, kgray.evaluation.evaluate\n"
+        "import kgray.evaluation.ensemble, kgray.pipeline.mining, kgray.reasoning.recipe\n"
         "print(sorted(m for m in ('torch', 'ray', 'mlflow', 'transformers') if m in sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPO)

@@ -15,10 +15,11 @@ from kgray.errors import ArtifactError
 from kgray.evaluation.ranking import filter_splits, rank_triples
 from kgray.graph.graph import SPLITS, Graph
 from kgray.model.bundle import Bundle
-from kgray.reasoning.artifact import mine, rules_recipe, write_rules
+from kgray.reasoning.artifact import mine, write_rules
 from kgray.reasoning.config import RulesConfig
 from kgray.reasoning.facts import Facts
 from kgray.reasoning.mining import mine_rules
+from kgray.reasoning.recipe import rules_recipe
 from kgray.reasoning.scorer import RuleScorer
 
 
@@ -88,12 +89,11 @@ def test_held_out_facts_change_nothing(tmp_path: Path, graph: Graph):
 
 
 def test_the_recipe_hangs_on_graph_and_configuration(tmp_path: Path, graph: Graph):
-    store = Store(tmp_path)
     artifact = stored(tmp_path, graph, RulesConfig(hops=1))
-    recipe = rules_recipe(store, RulesConfig(), artifact)
+    recipe = rules_recipe(RulesConfig(), artifact)
     assert recipe.kind == "model"
-    assert recipe.version == rules_recipe(store, RulesConfig(), artifact).version
-    assert recipe.version != rules_recipe(store, RulesConfig(seed=1), artifact).version
+    assert recipe.version == rules_recipe(RulesConfig(), artifact).version
+    assert recipe.version != rules_recipe(RulesConfig(seed=1), artifact).version
 
 
 def test_mining_a_graph_artifact(tmp_path: Path, graph: Graph):
@@ -108,7 +108,7 @@ def test_mining_a_graph_artifact(tmp_path: Path, graph: Graph):
 
     store = Store(tmp_path)
     source = store.build(Recipe("graph", 1), write).artifact
-    recipe = rules_recipe(store, config, source)
+    recipe = rules_recipe(config, source)
     built = store.build(recipe, lambda draft: mine(draft, config, source)).artifact
     bundle = Bundle.load(built)
     expected = scorer_of(graph, config)
