@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kgray.config import ConfigPath, configuration, option
-from kgray.errors import ClusterError, ConfigError
+from kgray.errors import ClusterError, ConfigError, KgrayError
 
 log = logging.getLogger(__name__)
 
@@ -164,6 +164,31 @@ def local_cores() -> int:
     except (OSError, ValueError):
         pass
     return cores
+
+
+@contextmanager
+def remote_errors() -> Iterator[None]:
+    """What kgray raises in a Ray task is raised as if it had happened here: a user's mistake stays one line. Anything
+    else keeps the task's traceback."""
+    from ray.exceptions import RayTaskError
+
+    try:
+        yield
+    except RayTaskError as error:
+        if isinstance(error.cause, KgrayError):
+            raise error.cause from None
+        raise
+
+
+def worker_progress() -> None:
+    """In a worker process: kgray's log goes to stderr, which Ray shows the driver."""
+    logger = logging.getLogger("kgray")
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s", "%H:%M:%S"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False  # Ray's own handler would say every line twice
 
 
 def _resources() -> dict[str, float]:

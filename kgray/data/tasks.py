@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kgray.errors import KgrayError
+from kgray.runtime import remote_errors
 
 log = logging.getLogger(__name__)
 _in_process = False
@@ -105,12 +105,8 @@ def _value(reference: Any) -> Any:
         return reference
     import ray
 
-    try:
+    with remote_errors():
         return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, KgrayError):
-            raise error.cause from None
-        raise
 
 
 def run_all(name: str, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:

@@ -15,7 +15,7 @@ from kgray.artifact import Artifact, Draft, Recipe
 from kgray.config import to_dict
 from kgray.errors import ArtifactError, DataError
 from kgray.evaluation.config import EnsembleConfig
-from kgray.runtime import cluster_cpus, local_cores, ray_session
+from kgray.runtime import cluster_cpus, local_cores, ray_session, remote_errors, worker_progress
 
 if TYPE_CHECKING:
     from kgray.evaluation.shards import Piece
@@ -63,7 +63,6 @@ def _fit(
     draft: Draft, config: EnsembleConfig, graph: Artifact, members: dict[str, Artifact], workers: int
 ) -> dict[str, Any]:
     import ray
-    from ray.exceptions import RayTaskError
 
     from kgray.evaluation.ensemble_fit import gather, prepare
     from kgray.evaluation.shards import plan
@@ -75,7 +74,7 @@ def _fit(
     total = sum(piece.stop - piece.start for part in parts for piece in part)
     share = min(1.0, config.queries / max(total, 1))
     remote_gather, remote_write = ray.remote(gather), ray.remote(_write)
-    try:
+    with remote_errors():
         shared = ray.remote(prepare).remote(graph)
         gathered: list[Any] = []
         for number, part in enumerate(parts):
@@ -85,12 +84,6 @@ def _fit(
             gathered.append(remote_gather.remote(config, graph, members, shared, part, share))
             log.info("ensemble: shard %d of %d, %d validation triples", number + 1, len(parts), total)
         return dict(ray.get(remote_write.remote(draft, config, graph, members, shared, *gathered)))
-    except RayTaskError as error:
-        # The reason as if it had been raised here: a user's mistake stays one line.
-        cause = getattr(error, "cause", None)
-        if isinstance(cause, Exception):
-            raise cause from None
-        raise
 
 
 def _write(
@@ -104,22 +97,8 @@ def _write(
     """The one task that fits; its log goes to the driver through its stderr."""
     from kgray.evaluation.ensemble_fit import write_ensemble
 
-    _say_progress()
+    worker_progress()
     counts = write_ensemble(draft.local_dir(), config, graph, members, shared, gathered)
     draft.upload_local()
     draft.drop_local()
     return counts
-
-
-def _say_progress() -> None:
-    import sys
-
-    logger = logging.getLogger("kgray")
-    if not logger.handlers:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s", "%H:%M:%S"))
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
-        logger.propagate = False  # Ray's own handler would say every line twice
-
-

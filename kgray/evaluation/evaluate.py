@@ -6,15 +6,16 @@ baselines are made once and lie in Ray's object store, where the workers of a no
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from kgray.artifact import Artifact, Draft, Recipe, Store
 from kgray.errors import ArtifactError
 from kgray.evaluation.config import EvaluateConfig
-from kgray.runtime import cluster_cpus, local_cores, ray_session
+from kgray.runtime import cluster_cpus, local_cores, ray_session, remote_errors
 
 if TYPE_CHECKING:
     from kgray.evaluation.shards import Measured, Piece
@@ -97,7 +98,6 @@ def _measure_all(
 ) -> Measured:
     """All shards, at most ``workers`` at a time, merged as they come."""
     import ray
-    from ray.exceptions import RayTaskError
 
     from kgray.evaluation.shards import measure, prepare
 
@@ -109,7 +109,7 @@ def _measure_all(
     running: dict[Any, int] = {}
     total: Measured | None = None
     finished, started, said = 0, time.monotonic(), 0.0
-    try:
+    with remote_errors(), _cancelled(running):
         while waiting or running:
             while waiting and len(running) < workers:
                 number, part = waiting.pop(0)
@@ -127,14 +127,19 @@ def _measure_all(
                     "evaluate: %d of %d %s triples, %.0f a second, %.0f s left",
                     *(finished, sum(rows), config.split, rate, (sum(rows) - finished) / rate),
                 )
-    except RayTaskError as error:
-        for task in running:
-            ray.cancel(task, force=False)
-        # The reason as if it had been raised here: a user's mistake stays one line.
-        cause = getattr(error, "cause", None)
-        if isinstance(cause, Exception):
-            raise cause from None
-        raise
     if total is None:
         raise ValueError("no shards to evaluate")
     return total
+
+
+@contextlib.contextmanager
+def _cancelled(running: Mapping[Any, int]) -> Iterator[None]:
+    """Tasks still ``running`` when something fails are not waited for."""
+    import ray
+
+    try:
+        yield
+    except Exception:
+        for task in running:
+            ray.cancel(task, force=False)
+        raise

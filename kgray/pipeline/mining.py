@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kgray.artifact import Artifact, Draft
 from kgray.reasoning.config import RulesConfig
-from kgray.runtime import cluster_cpus
+from kgray.runtime import cluster_cpus, remote_errors
 
 if TYPE_CHECKING:
     from kgray.reasoning.rules import Rules
@@ -23,7 +23,6 @@ _SHARDS_A_WORKER = 8
 def mine(draft: Draft, config: RulesConfig, graph: Artifact) -> Mapping[str, Any]:
     """Mine the training facts of a ``graph`` artifact on the connected cluster and write the model; its counts."""
     import ray
-    from ray.exceptions import RayTaskError
 
     relations = int(graph.counts["relations"])
     # Every so many-th relation: neighbouring ids are often alike in size, and shards should be.
@@ -31,7 +30,7 @@ def mine(draft: Draft, config: RulesConfig, graph: Artifact) -> Mapping[str, Any
     remote = ray.remote(_mine_some)
     tasks = [remote.remote(config, graph, list(range(start, relations, number))) for start in range(number)]
     waiting, begin, said = list(tasks), time.monotonic(), time.monotonic()
-    try:
+    with remote_errors():
         while waiting:
             done, waiting = ray.wait(waiting, num_returns=1)
             ray.get(done)
@@ -40,12 +39,6 @@ def mine(draft: Draft, config: RulesConfig, graph: Artifact) -> Mapping[str, Any
                 spent, left = said - begin, len(waiting) / (number - len(waiting))
                 log.info("mine: %d of %d shards, %.0f s left", number - len(waiting), number, spent * left)
         return dict(ray.get(ray.remote(_write).remote(draft, config, graph, *tasks)))
-    except RayTaskError as error:
-        # The reason as if it had been raised here: a user's mistake stays one line.
-        cause = getattr(error, "cause", None)
-        if isinstance(cause, Exception):
-            raise cause from None
-        raise
 
 
 def _mine_some(config: RulesConfig, graph: Artifact, relations: Sequence[int]) -> Rules:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from kgray.artifact import Artifact, Draft, Recipe, Store
 from kgray.artifact.filesystem import is_local, resolve
 from kgray.config import to_dict
 from kgray.errors import TrainingError, UserError
-from kgray.runtime import cluster_cpus, cluster_gpus, local_cores
+from kgray.runtime import cluster_cpus, cluster_gpus, local_cores, worker_progress
 from kgray.training.config import TrainConfig
 from kgray.training.families import TrainableConfig, family_of
 
@@ -208,10 +207,4 @@ def _set_up_process() -> None:
     here = ray.train.get_context().get_local_world_size()
     torch.set_num_threads(max(1, min(int(reserved), local_cores() // here)))
     os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
-    logger = logging.getLogger("kgray")
-    if not logger.handlers:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s", "%H:%M:%S"))
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
-        logger.propagate = False  # Ray's own handler would say every line twice
+    worker_progress()
