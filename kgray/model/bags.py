@@ -69,12 +69,12 @@ class Bags:
 
 
 def overlap(
-    left: Bags, anchors: Int64, right: Bags, candidates: Int64, *, most: int | None = None, inner: bool = True
+    left: Bags, anchors: Int64, right: Bags, candidates: Int64, *, most: int | None = None
 ) -> Float32:
     """(B,) anchors, (B, K) candidates -> (B, K): the summed weight of items in both, times their values in each bag.
 
     left and right must number their items alike. most: candidates' bags are read to that many items (hubs). The
-    weights are ``left``'s. inner=False leaves the candidates' own values out.
+    weights are ``left``'s.
     """
     size = np.int64(len(left.weights))
     places, at = left.expand(anchors)
@@ -88,9 +88,7 @@ def overlap(
     wanted = cells // candidates.shape[1] * size + right.items[there]
     found = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
     hit = keys[found] == wanted
-    value = counts[found[hit]]
-    if inner:
-        value = value * right.values[there[hit]]
+    value = counts[found[hit]] * right.values[there[hit]]
     out += np.bincount(cells[hit], weights=value, minlength=len(flat)).astype(np.float32)
     return out.reshape(candidates.shape)
 

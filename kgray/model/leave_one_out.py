@@ -77,8 +77,6 @@ class LeaveOneOut:
         text = bundle.info.get("vectors")
         if text is not None and vectors is None:
             raise NotExplainableError(f"the text vectors {text} it was trained on are not there")
-        if bundle.info["model"]["gnn"]["kind"] == "none":
-            raise NotExplainableError("the model reads no neighbours (model.gnn.kind is none)")
         entity_text = relation_text = None
         if text is not None and vectors is not None:
             entity_text = torch.from_numpy(np.array(vectors.entities))

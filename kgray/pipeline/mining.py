@@ -12,6 +12,7 @@ from kgray.reasoning.config import RulesConfig
 from kgray.runtime import cluster_cpus, remote_errors
 
 if TYPE_CHECKING:
+    from kgray.reasoning.facts import Facts
     from kgray.reasoning.rules import Rules
 
 log = logging.getLogger(__name__)
@@ -27,8 +28,9 @@ def mine(draft: Draft, config: RulesConfig, graph: Artifact) -> Mapping[str, Any
     relations = int(graph.counts["relations"])
     # Every so many-th relation: neighbouring ids are often alike in size, and shards should be.
     number = max(1, min(relations, cluster_cpus() * _SHARDS_A_WORKER))
-    remote = ray.remote(_mine_some)
-    tasks = [remote.remote(config, graph, list(range(start, relations, number))) for start in range(number)]
+    # Indexed once, and shared by the workers of a node through Ray's object store.
+    facts, remote = ray.remote(_facts).remote(graph), ray.remote(_mine_some)
+    tasks = [remote.remote(config, facts, list(range(start, relations, number))) for start in range(number)]
     waiting, begin, said = list(tasks), time.monotonic(), time.monotonic()
     with remote_errors():
         while waiting:
@@ -41,13 +43,17 @@ def mine(draft: Draft, config: RulesConfig, graph: Artifact) -> Mapping[str, Any
         return dict(ray.get(ray.remote(_write).remote(draft, config, graph, *tasks)))
 
 
-def _mine_some(config: RulesConfig, graph: Artifact, relations: Sequence[int]) -> Rules:
+def _facts(graph: Artifact) -> Facts:
     from kgray.graph.graph import Graph
     from kgray.reasoning.facts import Facts
-    from kgray.reasoning.mining import mine_rules
 
     loaded = Graph.load(graph)
-    facts = Facts.build(loaded.triples["train"], loaded.num_entities, loaded.num_relations)
+    return Facts.build(loaded.triples["train"], loaded.num_entities, loaded.num_relations)
+
+
+def _mine_some(config: RulesConfig, facts: Facts, relations: Sequence[int]) -> Rules:
+    from kgray.reasoning.mining import mine_rules
+
     return mine_rules(facts, config, relations)
 
 

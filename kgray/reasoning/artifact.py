@@ -20,18 +20,9 @@ from kgray.errors import ArtifactError
 from kgray.graph.graph import Graph
 from kgray.model.bundle import write_common
 from kgray.reasoning.config import RulesConfig
-from kgray.reasoning.facts import Facts
-from kgray.reasoning.mining import mine_rules
 from kgray.reasoning.recipe import FAMILY
 from kgray.reasoning.rules import Rules
 from kgray.reasoning.scorer import RuleScorer
-
-
-def mine(draft: Draft, config: RulesConfig, graph: Artifact) -> dict[str, int]:
-    """Mine the training facts of a ``graph`` artifact and write the model; returns its counts."""
-    loaded = Graph.load(graph)
-    facts = Facts.build(loaded.triples["train"], loaded.num_entities, loaded.num_relations)
-    return write_rules(draft, config, loaded, mine_rules(facts, config))
 
 
 def write_rules(draft: Draft, config: RulesConfig, graph: Graph, rules: Rules) -> dict[str, int]:

@@ -102,6 +102,7 @@ class StepMaker(ABC, Generic[B]):
             stop.set()
             thread.join()
 
+
 class BatchMaker(StepMaker[Batch]):
     """Batches of the fused model.
 

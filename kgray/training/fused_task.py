@@ -41,7 +41,7 @@ def build_model(graph: Graph, vectors: Vectors | None, config: ModelConfig, seed
     return FusedModel(config, graph.num_relations, has_edges, entity_text, relation_text)
 
 
-class FusedTask(Task[Batch]):
+class FusedTask(Task[Batch, StateScorer]):
     """See :class:`Task`. index: the message graph its states are computed over."""
 
     model: FusedModel
@@ -75,7 +75,9 @@ class FusedTask(Task[Batch]):
     def scorer(self) -> StateScorer:
         return scorer_of(self.model, self.index)
 
-    def finish(self, rank: Callable[[Scorer], float], best: float, say: Callable[..., None]) -> tuple[Scorer, float]:
+    def finish(
+        self, rank: Callable[[Scorer], float], best: float, say: Callable[..., None]
+    ) -> tuple[StateScorer, float]:
         encoded = encode_all(self.model, self.index)
         if len(encoded.heads) > 1:
             best = self._weigh_views(encoded, rank, say)
@@ -98,10 +100,9 @@ class FusedTask(Task[Batch]):
     def write(
         self,
         folder: Path,
-        scorer: Scorer,
+        scorer: StateScorer,
         graph: Graph,
         history: Sequence[Mapping[str, Any]],
         info: Mapping[str, Any],
     ) -> None:
-        assert isinstance(scorer, StateScorer)
         write_bundle(folder, self.model, scorer, graph, history, info)

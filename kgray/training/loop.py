@@ -44,7 +44,7 @@ LOG_SECONDS = 15.0
 class Fit:
     """A finished run: the task whose model has its best weights, what it answers with, and how it went."""
 
-    task: Task[Any]
+    task: Task[Any, Any]
     scorer: Scorer
     history: Sequence[Mapping[str, float]]
     best_epoch: int

@@ -15,7 +15,6 @@ from kgray.graph.filter_index import FilterIndex
 from kgray.graph.graph import Graph
 from kgray.graph.neighbours import Int64
 from kgray.graph.sampler import step_generator
-from kgray.model.bundle import Scorer
 from kgray.model.path_scorer import PathScorer, write_paths
 from kgray.model.paths import PathBatch, PathModel, path_loss
 from kgray.model.paths_config import PathsConfig
@@ -69,7 +68,7 @@ class PathBatchMaker(StepMaker[PathBatch]):
         return torch.from_numpy(withheld)
 
 
-class PathsTask(Task[PathBatch]):
+class PathsTask(Task[PathBatch, PathScorer]):
     """See :class:`Task`."""
 
     model: PathModel
@@ -108,7 +107,7 @@ class PathsTask(Task[PathBatch]):
     def write(
         self,
         folder: Path,
-        scorer: Scorer,
+        scorer: PathScorer,
         graph: Graph,
         history: Sequence[Mapping[str, Any]],
         info: Mapping[str, Any],

@@ -27,9 +27,10 @@ class Movable(Protocol):
 
 
 B = TypeVar("B", bound=Movable)
+S = TypeVar("S", bound=Scorer)
 
 
-class Task(ABC, Generic[B]):
+class Task(ABC, Generic[B, S]):
     """One model to train: how it is made, fed, asked, and written.
 
     model: with seeded initial weights, on the worker's device. batches: its steps. Making a task may draw from torch's
@@ -43,7 +44,7 @@ class Task(ABC, Generic[B]):
     @abstractmethod
     def make(
         cls, graph: Graph, vectors: Vectors | None, config: Any, train: TrainConfig, worker: Worker
-    ) -> Task[Any]:
+    ) -> Task[Any, Any]:
         """The task of this configuration; raises ConfigError where it does not fit the data."""
 
     @abstractmethod
@@ -51,12 +52,12 @@ class Task(ABC, Generic[B]):
         """The mean loss over a batch, and its parts for the log; called under the run's autocast."""
 
     @abstractmethod
-    def scorer(self) -> Scorer:
+    def scorer(self) -> S:
         """The model as it is, ready to rank; dropout off, the model's mode left as it was."""
 
     def finish(
         self, rank: Callable[[Scorer], float], best: float, say: Callable[..., None]
-    ) -> tuple[Scorer, float]:
+    ) -> tuple[S, float]:
         """With the best weights restored: what is decided on validation triples at the very end.
 
         rank: the validation MRR of a scorer. best: that of the restored weights. Returns the scorer to answer by and
@@ -68,7 +69,7 @@ class Task(ABC, Generic[B]):
     def write(
         self,
         folder: Path,
-        scorer: Scorer,
+        scorer: S,
         graph: Graph,
         history: Sequence[Mapping[str, Any]],
         info: Mapping[str, Any],
@@ -78,8 +79,8 @@ class Task(ABC, Generic[B]):
 
 def make_task(
     graph: Graph, vectors: Vectors | None, config: TrainableConfig, train: TrainConfig, worker: Worker
-) -> Task[Any]:
+) -> Task[Any, Any]:
     """The task of whichever family the configuration is of."""
     module, _, name = family_of(config).task.partition(":")
-    task: type[Task[Any]] = getattr(importlib.import_module(module), name)
+    task: type[Task[Any, Any]] = getattr(importlib.import_module(module), name)
     return task.make(graph, vectors, config, train, worker)

@@ -15,7 +15,7 @@ from kgray.errors import ArtifactError
 from kgray.evaluation.ranking import filter_splits, rank_triples
 from kgray.graph.graph import SPLITS, Graph
 from kgray.model.bundle import Bundle
-from kgray.reasoning.artifact import mine, write_rules
+from kgray.reasoning.artifact import write_rules
 from kgray.reasoning.config import RulesConfig
 from kgray.reasoning.facts import Facts
 from kgray.reasoning.mining import mine_rules
@@ -106,10 +106,15 @@ def test_mining_a_graph_artifact(tmp_path: Path, graph: Graph):
             columns = zip(("head", "relation", "tail"), rows.T, strict=True)
             draft.write_table(f"triples/{split}/0.parquet", pa.table(dict(columns)))
 
+    def mined(draft: Draft, config: RulesConfig, source: Artifact) -> dict[str, int]:
+        loaded = Graph.load(source)
+        facts = Facts.build(loaded.triples["train"], loaded.num_entities, loaded.num_relations)
+        return write_rules(draft, config, loaded, mine_rules(facts, config))
+
     store = Store(tmp_path)
     source = store.build(Recipe("graph", 1), write).artifact
     recipe = rules_recipe(config, source)
-    built = store.build(recipe, lambda draft: mine(draft, config, source)).artifact
+    built = store.build(recipe, lambda draft: mined(draft, config, source)).artifact
     bundle = Bundle.load(built)
     expected = scorer_of(graph, config)
     assert isinstance(bundle.scorer, RuleScorer)
