@@ -49,6 +49,10 @@ opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the loo
 sys.exit(opener.open(sys.argv[1], timeout=2).status != 200)' "$1" 2>/dev/null
 }
 
+knows_nodes() { # Ray answers `ray status` a few seconds after it takes jobs; its exit status is 0 before that too
+    ray status --address "127.0.0.1:$PORT" 2>/dev/null | grep -q "Node status"
+}
+
 cpus() { # Ray counts logical CPUs; with fewer than four a training worker waits for ever for its own input
     local cores
     cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
@@ -79,7 +83,8 @@ start() {
     echo "$pid" >"$PID_FILE"
     # The dashboard answers before its agent can take a job; without the agent a submission is refused.
     until answers "http://127.0.0.1:$DASHBOARD_PORT/api/version" &&
-        answers "http://127.0.0.1:$AGENT_PORT/api/local_raylet_healthz"; do
+        answers "http://127.0.0.1:$AGENT_PORT/api/local_raylet_healthz" &&
+        knows_nodes; do
         if ! kill -0 "$pid" 2>/dev/null; then
             rm -f "$PID_FILE"
             tail -n 20 "$LOG" >&2
