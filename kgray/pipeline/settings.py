@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
 from kgray.config import REQUIRED, ConfigPath, configuration, option
 from kgray.data.config import DataConfig
 from kgray.data.partition import GraphConfig
@@ -41,6 +44,18 @@ class PathsMember:
 
 
 @configuration
+class ModelMember:
+    """A model of the main one's kind with settings of its own."""
+
+    model: ModelConfig = option(ModelConfig, "The model; what is not said takes its default, not the main model's.")
+    train: TrainConfig | None = option(None, "How it is trained; null: as the main model.")
+
+
+RESERVED = ("fused", "text_only", "graph_only", "paths", "rules")
+"""Names members have by themselves."""
+
+
+@configuration
 class MembersConfig:
     """The models that are mixed with the main one; see ensemble."""
 
@@ -48,6 +63,7 @@ class MembersConfig:
         (), "Variants of the model trained beside it: text_only (no graph), graph_only (no text)."
     )
     seeds: tuple[int, ...] = option((), "Seeds of further trainings of the same model (bagging).")
+    models: dict[str, ModelMember] = option({}, "Further models, by a name of your own.")
     rules: RulesConfig | None = option(RulesConfig, "Rules mined from training facts; null: none.")
     paths: PathsMember | None = option(
         None, "A path model: messages from the entity a query names along every path at once; null: none."
@@ -60,6 +76,10 @@ class MembersConfig:
                 raise ConfigError(key, list(given), "each of them once")
         if any(seed < 0 for seed in self.seeds):
             raise ConfigError("seeds", list(self.seeds), "numbers from 0 up")
+        for name in self.models:
+            if name in RESERVED or not re.fullmatch(r"\w[\w-]*", name):
+                expected = f"a word of letters, digits, _ and -, other than {', '.join(RESERVED)}"
+                raise ConfigError("models", name, expected)
 
 
 @configuration
@@ -85,5 +105,11 @@ class Settings:
         if self.train.seed in self.members.seeds:
             expected = f"seeds other than train.seed={self.train.seed}"
             raise ConfigError("members.seeds", list(self.members.seeds), expected)
-        if self.text is None and self.model.text.kind != "none":
-            object.__setattr__(self, "model", ablation(self.model, "graph_only"))
+        if self.text is None:
+            object.__setattr__(self, "model", _without_text(self.model))
+            models = {k: replace(m, model=_without_text(m.model)) for k, m in self.members.models.items()}
+            object.__setattr__(self, "members", replace(self.members, models=models))
+
+
+def _without_text(model: ModelConfig) -> ModelConfig:
+    return model if model.text.kind == "none" else ablation(model, "graph_only")

@@ -51,6 +51,8 @@ def steps_of(settings: Settings) -> list[Step]:
     steps.append(_train_step(settings.model, settings.train, ""))
     for seed in settings.members.seeds:
         steps.append(_train_step(settings.model, replace(settings.train, seed=seed), f" seed {seed}"))
+    for name, member in settings.members.models.items():
+        steps.append(_train_step(member.model, member.train or settings.train, f" {name}"))
     if settings.members.paths is not None:
         steps.append(_train_step(settings.members.paths.model, settings.members.paths.train, " paths"))
     if settings.members.rules is not None:
@@ -75,6 +77,7 @@ def members_of(settings: Settings) -> dict[str, str]:
     found = {"fused": "train"}
     found |= {which: f"train {which}" for which in variants_of(settings)}
     found |= {f"seed {seed}": f"train seed {seed}" for seed in settings.members.seeds}
+    found |= {name: f"train {name}" for name in settings.members.models}
     if settings.members.paths is not None:
         found["paths"] = "train paths"
     return found if settings.members.rules is None else found | {"rules": "mine"}

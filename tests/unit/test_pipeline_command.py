@@ -147,6 +147,11 @@ def test_storage_follows_the_environment_and_lies_outside_the_checkout_by_defaul
             ["members.variants=[text_only]", "members.seeds=[4]", "members.paths={}"],
             ["ingest", "embed", "train", "train text_only", "train seed 4", "train paths", "mine", "ensemble"],
         ),
+        (
+            "deploy",
+            ["members.models={kge: {model: {text: {kind: none}, gnn: {kind: none}}}}", "members.rules=null"],
+            ["ingest", "embed", "train", "train kge", "ensemble"],
+        ),
         ("pipeline", [], ["ingest", "embed", "train", "mine", "ensemble", "evaluate"]),
     ],
 )
@@ -155,6 +160,20 @@ def test_a_job_asks_for_its_steps_and_what_they_need(job, overrides, steps):
     chosen = [step.name for step in needed(steps_of(settings), targets_of(job, settings))]
     assert sorted(chosen) == sorted(steps)
     assert chosen[-1] == steps[-1]
+
+
+@pytest.mark.parametrize("name", ["rules", "seed 3", ""])
+def test_a_member_needs_a_name_of_its_own(name):
+    with pytest.raises(ConfigError, match=r"members\.models"):
+        load_config(Settings, QUICKSTART, [f"members.models={{'{name}': {{}}}}"])
+
+
+def test_without_text_further_members_read_none_either():
+    settings = load_config(Settings, QUICKSTART, ["members.models={wide: {model: {dim: 512}}}", "text=null"])
+    assert settings.members.models["wide"].model.text.kind == "none"
+    assert settings.members.models["wide"].model.dim == 512
+    names = [step.name for step in steps_of(settings)]
+    assert names == ["ingest", "train", "train wide", "mine", "ensemble", "evaluate"]
 
 
 def test_without_text_there_is_nothing_to_embed(capsys):
