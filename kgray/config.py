@@ -83,7 +83,7 @@ def configuration(cls: type[T]) -> type[T]:
 
 
 def load_config(cls: type[T], path: str, overrides: Sequence[str] = ()) -> T:
-    """Read a YAML file and dotted overrides (``train.epochs=3``) into ``cls``.
+    """Read a YAML file (over its ``base``, where it names one) and dotted overrides (``train.epochs=3``) into ``cls``.
 
     ``${VAR}`` and ``${VAR:-default}`` are replaced in every text (``$${`` stands for ``${``). Override
     values are YAML: ``text=null``, ``data.triples={train: a.tsv}``.

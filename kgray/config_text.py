@@ -26,35 +26,48 @@ _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _VARIABLE = re.compile(r"\$?\$\{([^}]*)\}")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*$")
+BASE = "base"
+"""The key by which a file names another one that it changes."""
 # What YAML wants escaped and JSON does not escape.
 _UNPRINTABLE = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
 
 
 @dataclass
 class Origin:
-    """Where the settings came from: the file, and the line of each dotted key."""
+    """Where the settings came from: the file, and for each dotted key the file it stands in and its line there."""
 
     path: str
-    lines: dict[str, int] = field(default_factory=dict)
+    lines: dict[str, tuple[str, int]] = field(default_factory=dict)
     overridden: set[str] = field(default_factory=set)
 
-    def where(self, key: str) -> str:
-        """``file:line`` of the key, or of the nearest section around it that the file has."""
+    def find(self, key: str) -> tuple[str, int | None]:
+        """File and line of the key, or of the nearest section around it that a file has; no file: the command line."""
         while True:
             if key in self.overridden:
-                return "command line"
+                return "", None
             if key in self.lines:
-                return f"{self.path}:{self.lines[key]}"
+                return self.lines[key]
             if not key:
-                return self.path
+                return self.path, None
             key = re.sub(r"(\.[^.\[]*|\[\d+\]|^[^.\[]*)$", "", key)
+
+    def where(self, key: str) -> str:
+        """``file:line`` of :meth:`find`, for a message."""
+        path, line = self.find(key)
+        return "command line" if not path else path if line is None else f"{path}:{line}"
+
+    def forget(self, key: str) -> None:
+        """The key is given anew: where it and what is below it stood counts no more."""
+        for known in [k for k in self.lines if k == key or k.startswith((key + ".", key + "["))]:
+            del self.lines[known]
 
     def place(self, text: str, mark: PathMark, key: str) -> str:
         """A path made absolute; URIs, and names where names may stand, are left alone."""
         text = str(text)
         if _SCHEME.match(text) or not text:
             return text
-        here = Path.cwd() if self.where(key) == "command line" else Path(self.path).resolve().parent
+        path, _ = self.find(key)
+        here = Path(path).resolve().parent if path else Path.cwd()
         if text == "~" or text.startswith("~/"):
             return str(Path(text).expanduser())
         absolute = os.path.normpath(here / text)
@@ -64,11 +77,20 @@ class Origin:
 
 
 def read_settings(path: str, overrides: Sequence[str]) -> tuple[dict[str, Any], Origin]:
-    """The file's mapping with overrides laid over it and variables expanded, and where each key stands.
+    """The file's mapping, laid over that of its ``base`` where it names one, with overrides laid over both and
+    variables expanded; and where each key stands.
 
-    Raises ConfigError (ConfigFileError where the file as a whole is at fault).
+    Raises ConfigError (ConfigFileError where a file as a whole is at fault).
     """
     origin = Origin(path)
+    raw = _read_file(path, origin, ())
+    for override in overrides:
+        _override(raw, override, origin)
+    return {key: _expand(value, key, origin) for key, value in raw.items()}, origin
+
+
+def _read_file(path: str, origin: Origin, below: tuple[Path, ...]) -> dict[str, Any]:
+    """What a file and its bases say; ``origin.lines`` is filled. below: the files whose base this one is."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -77,14 +99,38 @@ def read_settings(path: str, overrides: Sequence[str]) -> tuple[dict[str, Any], 
         raise ConfigFileError(path, f"not UTF-8 (byte {error.start}: {error.reason})") from None
     except OSError as error:
         raise ConfigFileError(path, f"cannot be read: {error.strerror}") from None
-    raw = parse_yaml(text, path, origin.lines)
+    lines: dict[str, int] = {}
+    raw = parse_yaml(text, path, lines)
     if raw is None:
         raw = {}
     if not isinstance(raw, dict):
         raise ConfigFileError(path, "must hold keys and values (section: ...) at the top level")
-    for override in overrides:
-        _override(raw, override, origin)
-    return {key: _expand(value, key, origin) for key, value in raw.items()}, origin
+    if BASE in raw:
+        base, at = raw.pop(BASE), f"{path}:{lines.pop(BASE)}"
+        if not isinstance(base, str):
+            raise ConfigError(BASE, base, "the path of a configuration file").at(at)
+        here = (*below, Path(path).resolve())
+        found = Path(path).parent / Path(base).expanduser()
+        if found.resolve() in here:
+            raise ConfigFileError(at, f"base: {base} is built on this very file")
+        if not found.is_file():
+            raise ConfigError(BASE, base, "a configuration file, its path relative to this one").at(at)
+        raw = _lay_over(_read_file(os.path.normpath(found), origin, here), raw, "", origin)
+    origin.lines |= {key: (path, line) for key, line in lines.items()}
+    return raw
+
+
+def _lay_over(base: dict[str, Any], raw: dict[str, Any], prefix: str, origin: Origin) -> dict[str, Any]:
+    """``base`` with what ``raw`` says in its place: sections key by key, all else (lists too) as a whole."""
+    merged = dict(base)
+    for name, value in raw.items():
+        key = f"{prefix}.{name}" if prefix else name
+        if isinstance(value, dict) and isinstance(base.get(name), dict):
+            merged[name] = _lay_over(base[name], value, key, origin)
+        else:
+            merged[name] = value
+            origin.forget(key)
+    return merged
 
 
 def parse_yaml(text: str, path: str, lines: dict[str, int] | None = None) -> Any:
@@ -206,8 +252,7 @@ def _override(raw: dict[str, Any], override: str, origin: Origin) -> None:
             below = target[name] = {}
         target = below
     target[last] = value
-    for known in [k for k in origin.lines if k == key or k.startswith((key + ".", key + "["))]:
-        del origin.lines[known]
+    origin.forget(key)
     origin.overridden.add(key)
 
 

@@ -203,6 +203,44 @@ def test_refusals(load, monkeypatch, text: str, overrides: list[str], message: s
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
+def test_a_file_built_on_others(tmp_path, monkeypatch):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "first.yaml").write_text(
+        "data:\n  triples: a.tsv\ntrain: {batch_size: 7, fan_out: [1, 2], note: one}\nextra: {batch_size: 3}\n"
+    )
+    (tmp_path / "second.yaml").write_text("base: deep/first.yaml\ntrain:\n  fan_out: [9]\nextra: null\n")
+    third = tmp_path / "third.yaml"
+    third.write_text("base: second.yaml\ntrain:\n  note: three\ndata: {columns: {head: h}}\n")
+    config = load_config(Root, str(third), ["train.rate=0.5"])
+    assert config.data.triples == str(tmp_path / "deep" / "a.tsv"), "paths belong to the file they stand in"
+    assert config.data.columns == {"head": "h"}
+    assert config.train == Train(batch_size=7, fan_out=(9,), note="three", rate=0.5)
+    assert config.extra is None
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "second.yaml").write_text("base: deep/first.yaml\ntrain:\n\n  batch_size: -1\n")
+    with pytest.raises(ConfigError, match=r"second\.yaml:4: .*batch_size"):
+        load_config(Root, "third.yaml")
+    (tmp_path / "deep" / "first.yaml").write_text("data: {triples: a.tsv}\ntrain:\n  bach_size: 1\n")
+    (tmp_path / "second.yaml").write_text("base: deep/first.yaml\n")
+    with pytest.raises(ConfigError, match=r"deep/first\.yaml:3: .*bach_size"):
+        load_config(Root, "third.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base: nowhere.yaml\n", r"c\.yaml:1: .*nowhere\.yaml"),
+        ("train: {}\nbase: [a.yaml]\n", r"c\.yaml:2: .*path of a configuration file"),
+        ("base: d.yaml\n", r"d\.yaml:1: .*this very file"),
+    ],
+)
+def test_a_base_that_cannot_be(tmp_path, text, message):
+    (tmp_path / "c.yaml").write_text(text)
+    (tmp_path / "d.yaml").write_text("base: c.yaml\n")
+    with pytest.raises(ConfigError, match=message):
+        load_config(Root, str(tmp_path / "c.yaml"))
+
+
 def test_file_refusals(tmp_path):
     with pytest.raises(ConfigError, match="no such configuration file"):
         load_config(Root, str(tmp_path / "none.yaml"))
