@@ -24,7 +24,7 @@ _INT = re.compile(r"[-+]?(0|[1-9][0-9]*(_[0-9]+)*)$")
 _HEX = re.compile(r"0x[0-9a-fA-F]+$")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-_VARIABLE = re.compile(r"\$?\$\{([^}]*)\}")
+_VARIABLE = re.compile(r"\$\$\{|\$\{([^}]*)\}")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*$")
 BASE = "base"
 """The key by which a file names another one that it changes."""
@@ -100,11 +100,10 @@ def _read_file(path: str, origin: Origin, below: tuple[Path, ...]) -> dict[str, 
     except OSError as error:
         raise ConfigFileError(path, f"cannot be read: {error.strerror}") from None
     lines: dict[str, int] = {}
-    raw = parse_yaml(text, path, lines)
-    if raw is None:
-        raw = {}
-    if not isinstance(raw, dict):
+    said = parse_yaml(text, path, lines)
+    if said is not None and not isinstance(said, dict):
         raise ConfigFileError(path, "must hold keys and values (section: ...) at the top level")
+    raw: dict[str, Any] = said or {}
     if BASE in raw:
         base, at = raw.pop(BASE), f"{path}:{lines.pop(BASE)}"
         if not isinstance(base, str):
@@ -265,8 +264,8 @@ def _expand(value: Any, key: str, origin: Origin) -> Any:
         return value
 
     def replace(match: re.Match[str]) -> str:
-        if match.group(0).startswith("$$"):
-            return match.group(0)[1:]
+        if match.group(1) is None:
+            return "${"
         name, has_default, default = match.group(1).partition(":-")
         if not _NAME.match(name):
             raise ConfigError(key, value, "${VARIABLE} or ${VARIABLE:-default}").at(origin.where(key))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kgray.config import (
@@ -270,6 +270,7 @@ words = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_siz
 
 
 @settings(deadline=None, max_examples=60)
+@example(note="${", paths=[], rate=0.0, names={"$${": "${a}$"}, patience=None)
 @given(
     note=words,
     paths=st.lists(words.filter(bool).map(lambda t: "/" + t.replace("/", "").replace(".", "")), max_size=3),
