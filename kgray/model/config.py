@@ -141,6 +141,11 @@ class ModelConfig:
                 "'embedding', as text.kind is none too: nothing would tell entities apart",
             )
 
+    @property
+    def structure_alone(self) -> bool:
+        """Whether the structural view is all there is: a fused view of the same table would say nothing else."""
+        return self.late_structure and self.text.kind == "none" and self.gnn.kind == "none"
+
 
 def ablation(config: ModelConfig, which: Ablation) -> ModelConfig:
     """The same model without its graph side (text_only) or without its text side (graph_only)."""

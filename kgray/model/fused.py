@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from kgray.model.config import ModelConfig
 from kgray.model.decoders import DECODERS, Decoder
 from kgray.model.fusion import FUSIONS
 from kgray.model.gnn import GraphNetwork
-from kgray.model.towers import FrozenText, StructuralTable
+from kgray.model.towers import FrozenText, StructuralTable, Table
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,10 @@ class Neighbourhood:
 
     nodes: Tensor
     hops: list[tuple[int, Tensor, Tensor, Tensor]]
+
+    @property
+    def num_seeds(self) -> int:
+        return self.hops[-1][0] if self.hops else len(self.nodes)
 
     @classmethod
     def of(cls, seeds: Tensor, blocks: Sequence[Block]) -> Neighbourhood:
@@ -66,13 +70,30 @@ class View(nn.Module):
     """A decoder with relation vectors and a scale of its own, over one kind of states.
 
     text: (2R, width) stored vectors of relation texts, or None.
+    init_scale: None, or the standard deviation of the initial relation vectors of a model that is nothing but two
+    tables (Lacroix et al. 2018): relations then move like entities, and scores have no scale, which would grow where
+    N3 shrinks the vectors.
     """
 
-    def __init__(self, decoder: Decoder, num_relations: int, dim: int, text: FrozenText | None) -> None:
+    log_scale: Tensor
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        num_relations: int,
+        dim: int,
+        text: FrozenText | None,
+        init_scale: float | None = None,
+    ) -> None:
         super().__init__()
         self.decoder = decoder
         self.num_relations = num_relations
         self.text = text
+        if init_scale is not None:
+            self.relations: nn.Embedding = Table(2 * num_relations, dim)
+            nn.init.normal_(self.relations.weight, std=init_scale)
+            self.register_buffer("log_scale", torch.zeros(()))
+            return
         self.relations = nn.Embedding(2 * num_relations, dim)
         nn.init.normal_(self.relations.weight, std=0.5)
         # Scores start on the scale of one: d terms of order one are summed.
@@ -102,6 +123,7 @@ class FusedModel(nn.Module):
     Two views of an entity can meet in decoders of their own: the fused state H, and the structural vector alone. Each
     has its own loss, because a table of vectors learns the training triples by heart within a few epochs and would
     leave text and neighbours nothing to learn; ranking adds the two scores, ``structure_weight`` times the second.
+    Where an entity has neither text nor messages, the structural view stands alone and its weight is one.
     """
 
     structure_weight: Tensor
@@ -125,19 +147,26 @@ class FusedModel(nn.Module):
             self.text = FrozenText(config.text, entity_text, dim)
         self.structure: StructuralTable | None = None
         if config.structure.kind == "embedding":
-            self.structure = StructuralTable(config.structure, has_edges, dim, sparse=True)
+            # Withholding the one thing that tells entities apart would teach nothing.
+            table = replace(config.structure, drop=0.0) if config.structure_alone else config.structure
+            sparse = config.objective.kind != "one_vs_all"
+            self.structure = StructuralTable(table, has_edges, dim, sparse=sparse)
         if self.text is not None and self.structure is not None:
             self.fusion: nn.Module | None = FUSIONS.get(config.fusion)(dim)
         else:
             self.fusion = None
         decoder = DECODERS.get(config.decoder)()
-        self.fused_view = View(decoder, num_relations, dim, self._relation_tower(relation_text))
+        self.fused_view: View | None = None
         self.structure_view: View | None = None
-        if config.late_structure and self.structure is not None:
-            self.structure_view = View(decoder, num_relations, dim, None)
-        self.register_buffer("structure_weight", torch.tensor(0.5))
+        if config.structure_alone:
+            self.structure_view = View(decoder, num_relations, dim, None, config.structure.init_scale)
+        else:
+            self.fused_view = View(decoder, num_relations, dim, self._relation_tower(relation_text))
+            if config.late_structure and self.structure is not None:
+                self.structure_view = View(decoder, num_relations, dim, None)
+        self.register_buffer("structure_weight", torch.tensor(1.0 if config.structure_alone else 0.5))
         self.to_query: nn.Module | None = None
-        if config.query_hidden:
+        if config.query_hidden and self.fused_view is not None:
             self.to_query = nn.Sequential(
                 nn.Linear(dim, config.query_hidden), nn.GELU(), nn.Linear(config.query_hidden, dim)
             )
@@ -150,7 +179,7 @@ class FusedModel(nn.Module):
             self.message_relations = nn.Embedding(2 * num_relations, dim)
             nn.init.normal_(self.message_relations.weight, std=0.5)
             self.message_text = self._relation_tower(relation_text)
-        self.norm = nn.LayerNorm(dim)
+        self.norm = nn.LayerNorm(dim) if self.fused_view is not None else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
 
     def _relation_tower(self, relation_text: Tensor | None) -> FrozenText | None:
@@ -169,15 +198,19 @@ class FusedModel(nn.Module):
         return self.fusion(text, vectors, has)  # type: ignore[no-any-return]
 
     def encode(self, neighbourhood: Neighbourhood) -> list[tuple[View, States]]:
-        """The views of the u seeds: the fused one, and the structural one where there is one; states (u, d)."""
+        """The views of the u seeds, the fused one before the structural one, of which there may be one or both; states
+        (u, d)."""
         structure = None if self.structure is None else self.structure(neighbourhood.nodes)
-        x = self.fuse(neighbourhood.nodes, structure)
-        if self.gnn is not None:
-            x = self.gnn(x, neighbourhood.hops, self.message_vectors())
-        x = self.dropout(self.norm(x))
-        views = [(self.fused_view, States(x if self.to_query is None else x + self.to_query(x), x))]
+        views = []
+        num_seeds = neighbourhood.num_seeds
+        if self.fused_view is not None:
+            x = self.fuse(neighbourhood.nodes, structure)
+            if self.gnn is not None:
+                x = self.gnn(x, neighbourhood.hops, self.message_vectors())
+            x = self.dropout(self.norm(x))
+            views.append((self.fused_view, States(x if self.to_query is None else x + self.to_query(x), x)))
         if self.structure_view is not None and structure is not None:
-            own = self.dropout(structure[0][: len(x)])
+            own = self.dropout(structure[0][:num_seeds])
             views.append((self.structure_view, States(own, own)))
         return views
 

@@ -47,7 +47,8 @@ def batch_loss(model: FusedModel, batch: Batch, config: ObjectiveConfig) -> tupl
     views = model.encode(batch.neighbourhood)
     total = torch.zeros((), device=batch.head.device)
     parts: dict[str, Tensor] = {}
-    for name, (view, states) in zip(("fused", "structure"), views, strict=False):
+    for view, states in views:
+        name = "structure" if view is model.structure_view else "fused"
         vectors = view.vectors()
         # Rows by F.embedding, not by indexing: see ComposedConv.
         heads = F.embedding(batch.head, states.head)
@@ -60,9 +61,13 @@ def batch_loss(model: FusedModel, batch: Batch, config: ObjectiveConfig) -> tupl
                 view, heads, tails, vectors, batch.relation
             )
     if config.n3 and model.structure is not None:
-        _, states = views[-1]
-        own = [states.head[batch.head], states.tail[batch.tail]]
-        cubes = [views[-1][0].decoder.moduli(v.float()).pow(3).sum() for v in own]
+        view, states = views[-1]
+        own = (
+            F.embedding(batch.head, states.head),
+            F.embedding(batch.relation, view.vectors()),
+            F.embedding(batch.tail, states.tail),
+        )
+        cubes = [view.decoder.moduli(v.float()).pow(3).sum() for v in own]
         parts["n3"] = config.n3 * torch.stack(cubes).sum() / len(batch.head)
     for part in parts.values():
         total = total + part

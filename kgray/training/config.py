@@ -10,10 +10,10 @@ from kgray.errors import ConfigError
 
 @configuration
 class OptimiserConfig:
-    """AdamW for the dense weights, sparse Adagrad for the rows of the structural table."""
+    """AdamW for the dense weights, Adagrad for the structural table (and for relations where it stands alone)."""
 
     lr: float = option(1e-3, "Peak learning rate of the dense weights.")
-    table_lr: float = option(0.05, "Learning rate of the structural table's rows (Adagrad).")
+    table_lr: float = option(0.05, "Peak learning rate of the structural table (Adagrad).")
     weight_decay: float = option(0.01, "Decoupled weight decay of the dense weights.")
     warmup: float = option(0.05, "Share of all steps over which learning rates rise from zero.")
     schedule: Literal["linear", "cosine", "constant"] = option("cosine", "How they fall after that.")

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from kgray.model.towers import Table
 from kgray.training.config import OptimiserConfig
 
 
 class Optimisers:
-    """AdamW for dense weights and sparse Adagrad (Duchi et al. 2011) for the structural table, moved together.
+    """AdamW for dense weights and Adagrad (Duchi et al. 2011) for tables of vectors, moved together.
 
     total_steps: weight updates of the whole run; the schedule is a function of the update's number alone.
     """
@@ -21,15 +22,14 @@ class Optimisers:
         self.config = config
         self.total_steps = total_steps
         self.updates = 0
-        tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding) and m.sparse}
-        self.dense = [p for p in model.parameters() if p not in tables]
-        self.tables = list(tables)
-        self._optimisers: list[tuple[torch.optim.Optimizer, float]] = [
-            (
-                torch.optim.AdamW(self.dense, lr=config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay),
-                config.lr,
-            )
-        ]
+        tables = [m.weight for m in model.modules() if isinstance(m, Table)]
+        others = {id(table) for table in tables}
+        self.dense = [p for p in model.parameters() if id(p) not in others]
+        self.tables = tables
+        self._optimisers: list[tuple[torch.optim.Optimizer, float]] = []
+        if self.dense:
+            adam = torch.optim.AdamW(self.dense, lr=config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay)
+            self._optimisers.append((adam, config.lr))
         if self.tables:
             # torch warns until somebody decides; gradients of an embedding are well-formed by construction.
             torch.sparse.check_sparse_tensor_invariants.disable()  # type: ignore[no-untyped-call]

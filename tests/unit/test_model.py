@@ -118,7 +118,47 @@ def test_ablations_remove_one_side_each() -> None:
     text = build_model(data, vectors(), ablation(SMALL, "text_only"), seed=0)
     structure = build_model(data, None, ablation(SMALL, "graph_only"), seed=0)
     assert text.structure is None and text.gnn is None and text.text is not None
-    assert structure.text is None and structure.fused_view.text is None and structure.gnn is not None
+    assert structure.text is None and structure.gnn is not None
+    assert structure.fused_view is not None and structure.fused_view.text is None
+
+
+@pytest.mark.parametrize("kind", ["one_vs_all", "sampled_softmax"])
+@pytest.mark.parametrize("decoder", ["complex", "distmult"])
+def test_structure_alone_is_the_pure_embedding_model(kind: str, decoder: str) -> None:
+    """Without text and messages: two tables, one loss, the decoder's own scores (Lacroix et al. 2018)."""
+    data = graph()
+    config = replace(alone(kind), decoder=decoder)
+    model = build_model(data, None, config, seed=0)
+    assert {name for name, _ in model.named_parameters()} == {
+        "structure.table.weight",
+        "structure_view.relations.weight",
+    }
+    batch = batches(config, data).make(0, 0)
+    _, parts = batch_loss(model, batch, config.objective)
+    assert set(parts) == {"structure", "structure.relation", "n3"}
+    entities, relations = model.structure.table.weight, model.structure_view.relations.weight  # type: ignore[union-attr]
+    seeds = batch.neighbourhood.nodes
+    cubes = torch.tensor(0.0)
+    for vector in (*entities[seeds[batch.head]], *relations[batch.relation], *entities[seeds[batch.tail]]):
+        if decoder == "complex":
+            cubes += torch.complex(*vector.chunk(2)).abs().pow(3).sum()
+        else:
+            cubes += vector.abs().pow(3).sum()
+    torch.testing.assert_close(parts["n3"], config.objective.n3 * cubes.detach() / len(batch.head))
+    scorer = scorer_of(model, data.message_index())
+    h, r, t = data.triples["train"][0].tolist()
+    score = scorer.score_tails(torch.tensor([h]), torch.tensor([r]))[0, t]
+    assert float(score) == pytest.approx(slow_score(decoder, *(v.detach() for v in (entities[h], relations[r], entities[t]))), rel=1e-4)
+
+
+def alone(kind: str) -> ModelConfig:
+    return replace(
+        SMALL,
+        text=TextTowerConfig(kind="none"),
+        gnn=replace(SMALL.gnn, kind="none"),
+        dropout=0.0,
+        objective=replace(SMALL.objective, kind=kind, n3=0.1),
+    )
 
 
 def test_views_add_up_at_their_weight() -> None:

@@ -23,6 +23,7 @@ from model_graphs import ENTITIES, ONE_VS_ALL, RELATIONS, SMALL, TRAIN, graph, v
 
 from kgray.errors import TrainingError
 from kgray.graph.graph import Graph
+from kgray.model.config import GnnConfig, TextTowerConfig
 from kgray.model.objectives import batch_loss
 from kgray.training.batches import BatchMaker
 from kgray.training.config import OptimiserConfig
@@ -69,6 +70,19 @@ def test_it_learns_what_is_there_to_learn(model: object) -> None:
     first, last = done.history[0]["train.loss"], done.history[-1]["train.loss"]
     assert last < 0.5 * first
     assert done.best > 0.6, "the ring's missing edges follow from its other relations"
+
+
+@pytest.mark.parametrize("kind", ["one_vs_all", "sampled_softmax"])
+def test_two_tables_alone_learn_it_too(kind: str) -> None:
+    structure = replace(
+        SMALL,
+        text=TextTowerConfig(kind="none"),
+        gnn=GnnConfig(kind="none"),
+        dropout=0.0,
+        objective=replace(SMALL.objective, kind=kind, n3=0.01, relation_weight=1.0),
+    )
+    done = fit(graph(), None, structure, replace(FAST, epochs=60))
+    assert done.best > 0.6 and float(done.model.structure_weight) == 1.0  # type: ignore[arg-type]
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_does_not() -> None:
