@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_TINY = torch.finfo(torch.float32).tiny
+
 Record = list[list[Tensor]]
 """Outputs (n, d) of each watched module, in the order of its calls."""
 
@@ -54,8 +56,10 @@ def worst(gradient: Tensor | None, epsilon: float) -> Tensor | float:
     """(n, d) gradient of a loss -> (n, d): epsilon g / ||g|| of each row, 0 where the gradient is."""
     if gradient is None:
         return 0.0
-    norms = torch.linalg.vector_norm(gradient.float(), dim=1, keepdim=True)
-    return (epsilon * gradient.float() / norms.clamp(min=torch.finfo(torch.float32).tiny)).to(gradient.dtype)
+    # Largest entry first: squares of small gradients would be lost.
+    unit = gradient.float() / gradient.float().abs().amax(dim=1, keepdim=True).clamp(min=_TINY)
+    norms = torch.linalg.vector_norm(unit, dim=1, keepdim=True)
+    return (epsilon * unit / norms.clamp(min=1.0)).to(gradient.dtype)
 
 
 @contextmanager
