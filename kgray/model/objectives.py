@@ -61,7 +61,8 @@ def batch_loss(model: FusedModel, batch: Batch, config: ObjectiveConfig) -> tupl
         scores = decoder.scores(model.dropout(query) if view.decoder.inner else query, states.tail).float()
         parts[name] = entity_loss(scores, batch, config)
         if config.relation_weight:
-            by_relation = decoder.relation_scores(heads, tails, vectors).float()
+            # Scaled anew: one exp for both would add up its gradients in another order, to other last bits.
+            by_relation = view.scaled().relation_scores(heads, tails, vectors).float()
             parts[f"{name}.relation"] = config.relation_weight * relation_loss(by_relation, batch.relation)
     decoder_of_table = views[-1][0].decoder
     if config.n3 and model.structure is not None and isinstance(decoder_of_table, Trilinear):
