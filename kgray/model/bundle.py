@@ -11,7 +11,8 @@ and what the family itself keeps; the fused model:
 
 model.safetensors the trained weights
 heads.npy, tails.npy  (N, w) float32 states of entities as head and as candidate, memory-mapped on a node
-relations.npy     (2R, w) float32 relation vectors of the decoder
+relations.npy     (2R, w) float32 relation vectors of the decoders
+decoders.safetensors  scale and weights of each view's decoder
 """
 
 from __future__ import annotations

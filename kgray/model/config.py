@@ -50,10 +50,10 @@ class StructureConfig:
 class GnnConfig:
     """Messages from sampled neighbours."""
 
-    kind: str = option("attention", "Convolution: none, attention, gat, gcn, gin, rgcn, sage.")
+    kind: str = option("attention", "Convolution: none, attention, compgcn, gat, gcn, gin, rgcn, sage.")
     composition: Literal["multiply", "subtract", "add"] = option(
         "multiply",
-        "How a neighbour and the relation to it become one message (CompGCN); rgcn has its own way.",
+        "How a neighbour and the relation to it become one message; rgcn has its own way.",
     )
     fanouts: tuple[int, ...] = option(
         (10,), "Neighbours drawn an entity, a number a layer, nearest hop first; -1: all."
@@ -85,9 +85,26 @@ class GnnConfig:
 class ObjectiveConfig:
     """What training asks of the scores."""
 
-    kind: str = option("sampled_softmax", "one_vs_all: softmax over every entity; sampled_softmax: over a sample.")
+    kind: Literal["one_vs_all", "sampled_softmax"] = option(
+        "sampled_softmax",
+        "Candidates of a query. one_vs_all: every entity; sampled_softmax: a sample, whatever the loss.",
+    )
+    loss: str = option(
+        "softmax",
+        "What is asked of the candidates' scores. softmax: the true one's share of all; bce: true or not, each on its "
+        "own; self_adversarial: the same, hard negatives counting more; margin: the true one above the others.",
+    )
     negatives: int = option(2048, "sampled_softmax: uniform negatives a step, besides the batch's own entities.")
-    label_smoothing: float = option(0.0, "Probability spread over all candidates.")
+    label_smoothing: float = option(0.0, "softmax, bce: probability spread over all candidates.")
+    all_answers: bool = option(
+        False, "bce: whether a query's other training answers are true as well (KvsAll); if not they are left out."
+    )
+    margin: float = option(
+        1.0,
+        "margin: how far the true one must be above others. self_adversarial: the negated score at which a fact is as "
+        "likely true as not; 6 to 24 are usual for distances (transe, rotate), 0 for the others.",
+    )
+    temperature: float = option(1.0, "self_adversarial: how sharply hard negatives count more; 0: all alike.")
     relation_weight: float = option(
         0.1,
         "Weight of predicting the relation of (head, ?, tail) besides the entity (Chen et al. 2021); 0 is off.",
@@ -101,6 +118,32 @@ class ObjectiveConfig:
                 raise ConfigError(key, getattr(self, key), "a weight of 0 or more")
         if self.negatives < 0:
             raise ConfigError("negatives", self.negatives, "a number of entities, 0 or more")
+        for key in ("margin", "temperature"):
+            if getattr(self, key) < 0:
+                raise ConfigError(key, getattr(self, key), "a number of 0 or more")
+        if self.label_smoothing and self.loss in ("margin", "self_adversarial"):
+            raise ConfigError("label_smoothing", self.label_smoothing, f"0, as the loss {self.loss} has no labels")
+        if self.all_answers and self.loss != "bce":
+            raise ConfigError("all_answers", self.all_answers, f"false, as the loss {self.loss} has one true answer")
+
+
+@configuration
+class DecodingConfig:
+    """Shape of the decoders that have one."""
+
+    norm: int = option(2, "transe: the 1- or the 2-norm of h + r - t.")
+    hidden: int = option(512, "mlp, lstm: width of hidden layers; transformer: of its feed-forward layers.")
+    layers: int = option(1, "mlp, lstm, transformer: how many.")
+    heads: int = option(4, "transformer: attention heads.")
+    channels: int = option(16, "conve: filters.")
+    dropout: float = option(0.1, "mlp, transformer, lstm, conve: dropout inside.")
+
+    def __post_init__(self) -> None:
+        _fraction("dropout", self.dropout)
+        if self.norm not in (1, 2):
+            raise ConfigError("norm", self.norm, "1 or 2")
+        for key in ("hidden", "layers", "heads", "channels"):
+            _positive(key, getattr(self, key))
 
 
 @configuration
@@ -111,10 +154,16 @@ class ModelConfig:
     text: TextTowerConfig = option(TextTowerConfig, "Text tower.")
     structure: StructureConfig = option(StructureConfig, "Structural vectors.")
     fusion: str = option(
-        "gated", "How text and structure become one vector: concat, gated, weighted, late (text alone)."
+        "gated",
+        "How text and structure become one vector: concat, cross_attention, gated, lstm, weighted, late (text alone).",
     )
     gnn: GnnConfig = option(GnnConfig, "Graph network.")
-    decoder: str = option("complex", "How query and candidate meet: complex, distmult.")
+    decoder: str = option(
+        "complex",
+        "How query and candidate meet. complex, distmult: a product of three; rotate, transe: a distance; conve, lstm, "
+        "mlp, transformer: a network makes the query.",
+    )
+    decoding: DecodingConfig = option(DecodingConfig, "Shape of the decoders that have one.")
     late_structure: bool = option(
         True,
         "Whether structural vectors also meet in a decoder of their own, with a loss of their own; ranking adds its "
@@ -123,7 +172,7 @@ class ModelConfig:
     query_hidden: int = option(
         512, "Width of the hidden layer that makes a state the head of a query; 0 uses the state as it is."
     )
-    dropout: float = option(0.1, "Dropout of entity states and queries.")
+    dropout: float = option(0.1, "Dropout of entity states and, but for distances, of queries.")
     objective: ObjectiveConfig = option(ObjectiveConfig, "Training objective.")
 
     def __post_init__(self) -> None:
@@ -134,6 +183,8 @@ class ModelConfig:
             raise ConfigError("query_hidden", self.query_hidden, "a width, or 0 for no layer")
         if self.gnn.kind != "none" and self.dim % self.gnn.heads:
             raise ConfigError("gnn.heads", self.gnn.heads, f"a divisor of dim ({self.dim})")
+        if self.decoder == "transformer" and self.dim % self.decoding.heads:
+            raise ConfigError("decoding.heads", self.decoding.heads, f"a divisor of dim ({self.dim})")
         if self.text.kind == "none" and self.structure.kind == "none":
             raise ConfigError(
                 "structure.kind",

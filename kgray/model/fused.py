@@ -7,7 +7,6 @@ query (Lacroix et al. 2018).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -15,9 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kgray.errors import ConfigError
 from kgray.graph.sampler import Block
 from kgray.model.config import ModelConfig
-from kgray.model.decoders import DECODERS, Decoder
+from kgray.model.decoders import DECODERS, Decoder, ScaledDecoder, Trilinear
 from kgray.model.fusion import FUSIONS
 from kgray.model.gnn import GraphNetwork
 from kgray.model.towers import FrozenText, StructuralTable, Table
@@ -96,21 +96,21 @@ class View(nn.Module):
             return
         self.relations = nn.Embedding(2 * num_relations, dim)
         nn.init.normal_(self.relations.weight, std=0.5)
-        # Scores start on the scale of one: d terms of order one are summed.
-        self.log_scale = nn.Parameter(torch.tensor(-0.5 * math.log(dim)))
+        self.log_scale = nn.Parameter(torch.tensor(decoder.log_scale(dim)))
 
     def vectors(self) -> Tensor:
         """(2R, d) vectors of real and reciprocal relations."""
         own = self.relations.weight
         return own if self.text is None else own + self.text.project(self.text.vectors.to(own.dtype))
 
-    def query(self, heads: Tensor, relations: Tensor) -> Tensor:
-        """(q, d) head states, (q, d) relation vectors -> (q, d); inner products with tail states are scores."""
-        return self.decoder.query(heads, relations) * self.log_scale.exp()
+    def scaled(self) -> ScaledDecoder:
+        """What scores are made with, as the weights are now."""
+        return ScaledDecoder(self.decoder, self.log_scale.exp())
 
-    def relation_scores(self, heads: Tensor, tails: Tensor, relations: Tensor) -> Tensor:
-        """(q, d) head and tail states, (k, d) relation vectors -> (q, k) scores of the triples."""
-        return (self.decoder.relation_query(heads, tails) * self.log_scale.exp()) @ relations.T
+
+def new_decoder(config: ModelConfig) -> Decoder:
+    """A decoder for one view, with initial weights."""
+    return DECODERS.get(config.decoder)(config.dim, config.decoding, config.objective.relation_weight > 0)
 
 
 class FusedModel(nn.Module):
@@ -155,15 +155,14 @@ class FusedModel(nn.Module):
             self.fusion: nn.Module | None = FUSIONS.get(config.fusion)(dim)
         else:
             self.fusion = None
-        decoder = DECODERS.get(config.decoder)()
         self.fused_view: View | None = None
         self.structure_view: View | None = None
         if config.structure_alone:
-            self.structure_view = View(decoder, num_relations, dim, None, config.structure.init_scale)
+            self.structure_view = View(self._decoder(), num_relations, dim, None, config.structure.init_scale)
         else:
-            self.fused_view = View(decoder, num_relations, dim, self._relation_tower(relation_text))
+            self.fused_view = View(self._decoder(), num_relations, dim, self._relation_tower(relation_text))
             if config.late_structure and self.structure is not None:
-                self.structure_view = View(decoder, num_relations, dim, None)
+                self.structure_view = View(self._decoder(), num_relations, dim, None)
         self.register_buffer("structure_weight", torch.tensor(1.0 if config.structure_alone else 0.5))
         self.to_query: nn.Module | None = None
         if config.query_hidden and self.fused_view is not None:
@@ -181,6 +180,15 @@ class FusedModel(nn.Module):
             self.message_text = self._relation_tower(relation_text)
         self.norm = nn.LayerNorm(dim) if self.fused_view is not None else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
+
+    def _decoder(self) -> Decoder:
+        config = self.config
+        decoder = new_decoder(config)
+        if config.objective.n3 and not isinstance(decoder, Trilinear):
+            raise ConfigError(
+                "model.objective.n3", config.objective.n3, f"0, as the decoder {config.decoder} factorises no tensor"
+            )
+        return decoder
 
     def _relation_tower(self, relation_text: Tensor | None) -> FrozenText | None:
         if self.text is None or relation_text is None:
@@ -213,6 +221,11 @@ class FusedModel(nn.Module):
             own = self.dropout(structure[0][:num_seeds])
             views.append((self.structure_view, States(own, own)))
         return views
+
+    def entity_inputs(self) -> list[nn.Module]:
+        """The modules whose outputs (n, d) entities enter the model with."""
+        inputs: list[nn.Module] = [] if self.text is None else [self.text]
+        return inputs if self.structure is None else [*inputs, self.structure.table]
 
     def message_vectors(self) -> Tensor | None:
         """(2R, d) vectors of relations in messages, or None where messages have no use for them."""

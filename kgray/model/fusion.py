@@ -61,3 +61,41 @@ class ConcatFusion(nn.Module):
 
     def forward(self, text: Tensor, structure: Tensor, has_structure: Tensor) -> Tensor:
         return text + self.mix(torch.cat([text, structure * has_structure], dim=1))  # type: ignore[no-any-return]
+
+
+@FUSIONS.register("cross_attention")
+class CrossAttentionFusion(nn.Module):
+    """Text and structure as two tokens that attend to each other (Vaswani et al. 2017), their mean the result.
+
+    Without a structural vector the text attends to itself alone.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.kinds = nn.Parameter(torch.randn(2, dim) * 0.1)
+        self.attention = nn.MultiheadAttention(dim, 4 if dim % 4 == 0 else 2, batch_first=True)
+
+    def forward(self, text: Tensor, structure: Tensor, has_structure: Tensor) -> Tensor:
+        tokens = torch.stack([text, structure.to(text.dtype)], dim=1)
+        places = tokens + self.kinds
+        absent = torch.cat([torch.zeros_like(has_structure), ~has_structure], dim=1)
+        seen, _ = self.attention(places, places, places, key_padding_mask=absent, need_weights=False)
+        own = tokens + seen
+        return torch.where(has_structure, own.mean(dim=1), own[:, 0])
+
+
+@FUSIONS.register("lstm")
+class RecurrentFusion(nn.Module):
+    """The last state of an LSTM (Hochreiter & Schmidhuber 1997) over structure, then text, added to the text vector.
+
+    Without a structural vector the sequence is the text alone.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.cell = nn.LSTMCell(dim, dim)
+
+    def forward(self, text: Tensor, structure: Tensor, has_structure: Tensor) -> Tensor:
+        hidden, memory = self.cell(structure.to(text.dtype))
+        begun = hidden * has_structure, memory * has_structure
+        return text + self.cell(text, begun)[0]  # type: ignore[no-any-return]

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch_geometric.nn import GATv2Conv, GINConv, GraphConv, RGCNConv, SAGEConv, TransformerConv
-from torch_geometric.utils import degree
+from torch_geometric.utils import degree, scatter
 
 from kgray.model.config import GnnConfig
 from kgray.model.registry import Registry
@@ -47,18 +47,45 @@ class ComposedConv(nn.Module):
         # Not x[source]: the gradient of plain indexing is added up in whatever order threads come, and a resumed run
         # would not end with the same bits; an embedding's is added up in order, and faster.
         neighbours, relations = F.embedding(source, x), F.embedding(relation, z)
-        if self.composition == "multiply":
-            messages = neighbours * relations
-        elif self.composition == "subtract":
-            messages = neighbours - relations
-        else:
-            messages = neighbours + relations
+        messages = compose(self.composition, neighbours, relations)
         edges = torch.stack([torch.arange(len(target), device=target.device), target])
         pair = (messages, x[:targets])
         if self.normalised:
             weight = _mean_scale(target, targets).to(messages.dtype)
             return self.conv(pair, edges, weight)  # type: ignore[no-any-return]
         return self.conv(pair, edges)  # type: ignore[no-any-return]
+
+
+class CompGcnConv(nn.Module):
+    """CompGCN (Vashishth et al. 2020): composed messages, one matrix for those over real relations and one for those
+    over reciprocal ones, normalised by the target's degree in the block.
+
+    The paper's third matrix, for the entity itself, is the network's residual connection; relation vectors change from
+    layer to layer (:class:`GraphNetwork`), and the decoder has its own.
+    """
+
+    reads_relations = True
+
+    def __init__(self, dim: int, num_relations: int, composition: str) -> None:
+        super().__init__()
+        self.forwards, self.backwards = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
+        self.num_real = num_relations // 2
+        self.composition = composition
+
+    def forward(self, x: Tensor, targets: int, source: Tensor, target: Tensor, relation: Tensor, z: Tensor) -> Tensor:
+        messages = compose(self.composition, F.embedding(source, x), F.embedding(relation, z))
+        messages = messages * _mean_scale(target, targets).to(messages.dtype)[:, None]
+        # A matrix of a sum is the sum of the matrix's products: gather first, by direction.
+        place = target + targets * (relation >= self.num_real)
+        real, reciprocal = scatter(messages, place, dim_size=2 * targets).split(targets)
+        return self.forwards(real) + self.backwards(reciprocal)  # type: ignore[no-any-return]
+
+
+def compose(composition: str, neighbours: Tensor, relations: Tensor) -> Tensor:
+    """(E, d), (E, d) -> (E, d) messages (Vashishth et al. 2020)."""
+    if composition == "multiply":
+        return neighbours * relations
+    return neighbours - relations if composition == "subtract" else neighbours + relations
 
 
 class RelationalConv(nn.Module):
@@ -117,8 +144,16 @@ def _rgcn(config: GnnConfig, dim: int, num_relations: int) -> nn.Module:
     return RelationalConv(dim, num_relations)
 
 
+@GNNS.register("compgcn")
+def _compgcn(config: GnnConfig, dim: int, num_relations: int) -> nn.Module:
+    return CompGcnConv(dim, num_relations, config.composition)
+
+
 class GraphNetwork(nn.Module):
-    """Layers of one convolution kind, each with a residual connection and layer normalisation."""
+    """Layers of one convolution kind, each with a residual connection and layer normalisation.
+
+    CompGCN's relation vectors pass through a matrix between two layers; all other kinds read the same in every layer.
+    """
 
     def __init__(self, config: GnnConfig, dim: int, num_relations: int) -> None:
         super().__init__()
@@ -126,6 +161,8 @@ class GraphNetwork(nn.Module):
         self.layers = nn.ModuleList(make(config, dim, num_relations) for _ in range(config.layers))
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(config.layers))
         self.dropout = nn.Dropout(config.dropout)
+        changes = config.layers - 1 if isinstance(self.layers[0], CompGcnConv) else 0
+        self.relation_maps = nn.ModuleList(nn.Linear(dim, dim, bias=False) for _ in range(changes))
 
     @property
     def reads_relations(self) -> bool:
@@ -138,6 +175,9 @@ class GraphNetwork(nn.Module):
         blocks: (number of targets, source, target, relation) from the outermost hop inward.
         z: (2R, d) relation vectors, or None where no layer reads them.
         """
-        for layer, norm, (targets, source, target, relation) in zip(self.layers, self.norms, blocks, strict=True):
+        steps = zip(self.layers, self.norms, blocks, strict=True)
+        for number, (layer, norm, (targets, source, target, relation)) in enumerate(steps):
+            if self.relation_maps and number:
+                z = self.relation_maps[number - 1](z)
             x = x[:targets] + self.dropout(norm(layer(x, targets, source, target, relation, z)))
         return x

@@ -119,13 +119,13 @@ class LeaveOneOut:
         scorer, real = self.scorer, self.scorer.num_relations
         if task == "relation":
             (heads, as_tails), (heads_back, tails) = states[first], states[second]
-            forward = scorer.decoder.relation_query(heads, tails) @ scorer.relations[candidates].T
-            backward = scorer.decoder.relation_query(heads_back, as_tails) @ scorer.relations[candidates + real].T
+            forward = scorer.state_relation_scores(heads, tails, scorer.relations[candidates])
+            backward = scorer.state_relation_scores(heads_back, as_tails, scorer.relations[candidates + real])
             return (forward + backward) * 0.5
         entity, relation = (first, second) if task == "tail" else (second, first + real)
         heads = states[entity][0]
-        query = scorer.decoder.query(heads, scorer.relations[relation].expand(len(heads), -1))
-        return query @ scorer.tails[candidates].T
+        vectors = scorer.relations[relation].expand(len(heads), -1)
+        return scorer.state_scores(heads, vectors, scorer.tails[candidates])
 
     def _neighbourhood(self, seeds: Int64) -> list[Block]:
         """The blocks of the seeds as they were drawn when all entities were encoded."""

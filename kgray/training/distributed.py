@@ -23,7 +23,7 @@ from kgray.training.families import TrainableConfig, family_of
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2  # 2: decoders of the fused model are stored with its states
 OnMetrics = Callable[[int, Mapping[str, float]], None]
 _RUNS = "train"
 _NOT_IDENTITY = ("device", "cpus_per_worker", "max_failures", "checkpoint_steps")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kgray.errors import ConfigError
 from kgray.graph.graph import Graph
@@ -16,7 +16,7 @@ from kgray.graph.neighbours import NeighbourIndex
 from kgray.model.bundle import Scorer, write_bundle
 from kgray.model.config import ModelConfig
 from kgray.model.fused import FusedModel
-from kgray.model.objectives import Batch, batch_loss
+from kgray.model.objectives import LOSSES, Batch, batch_loss
 from kgray.model.states import EncodedViews, StateScorer, encode_all, scorer_of
 from kgray.text.vectors import Vectors
 from kgray.training.batches import BatchMaker
@@ -28,9 +28,11 @@ STRUCTURE_WEIGHTS = (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5)
 
 
 def build_model(graph: Graph, vectors: Vectors | None, config: ModelConfig, seed: int) -> FusedModel:
-    """A model with seeded initial weights for this graph; raises ConfigError when it needs text and there is none."""
+    """A model with seeded initial weights for this graph; raises ConfigError when it needs text and there is none,
+    or a slot names no known part."""
     if config.text.kind != "none" and vectors is None:
         raise ConfigError("model.text.kind", config.text.kind, "'none', as there are no text vectors (text is null)")
+    LOSSES.get(config.objective.loss)  # an unknown one is told now, not in the first step
     torch.manual_seed(seed)
     index = graph.message_index()
     entity_text = relation_text = None
@@ -71,6 +73,9 @@ class FusedTask(Task[Batch, StateScorer]):
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         return batch_loss(self.model, batch, self.model.config.objective)
+
+    def entity_inputs(self) -> Sequence[nn.Module]:
+        return self.model.entity_inputs()
 
     def scorer(self) -> StateScorer:
         return scorer_of(self.model, self.index)

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from kgray.config import to_dict
-from kgray.errors import TrainingError
+from kgray.errors import ConfigError, TrainingError
 from kgray.evaluation.counts import merge
 from kgray.evaluation.ranking import filter_splits, rank_triples
 from kgray.graph.graph import Graph
@@ -28,6 +28,7 @@ from kgray.graph.neighbours import Int64
 from kgray.model.bundle import Scorer
 from kgray.precision import computes_bfloat16
 from kgray.text.vectors import Vectors
+from kgray.training.adversarial import shifted, watched
 from kgray.training.checkpoint import Position, load_checkpoint, save_checkpoint
 from kgray.training.config import TrainConfig
 from kgray.training.families import TrainableConfig
@@ -71,6 +72,9 @@ class Trainer:
         self.graph, self.config, self.worker = graph, train, worker
         self.task = make_task(graph, vectors, model, train, worker)
         self.model, self.batches = self.task.model, self.task.batches
+        self.entity_inputs = self.task.entity_inputs()
+        if train.adversarial and not self.entity_inputs:
+            raise ConfigError("train.adversarial", train.adversarial, "0, as this model has no vectors of entities")
         updates = -(-self.batches.steps // train.accumulate)
         self.optimisers = Optimisers(self.model, train.optimiser, updates * train.epochs)
         self.autocast = autocast_dtype(train.precision, worker.device)
@@ -136,10 +140,7 @@ class Trainer:
         pending: list[tuple[int, dict[str, torch.Tensor]]] = []
         said = time.monotonic()
         for step, batch in enumerate(self.batches.epoch(at.epoch, at.step), start=at.step):
-            with torch.autocast(self.worker.device.type, self.autocast, enabled=self.autocast is not None):
-                loss, parts = self.task.loss(batch.to(self.worker.device))
-            (loss / config.accumulate).backward()  # type: ignore[no-untyped-call]
-            pending.append((step, {"loss": loss.detach(), **parts}))
+            pending.append((step, self._gradients(batch.to(self.worker.device))))
             update = (step + 1) % config.accumulate == 0 or step == last
             if update:
                 self.worker.average_gradients(list(self.model.parameters()))
@@ -159,6 +160,21 @@ class Trainer:
                     last + 1,
                     at.loss_sum["loss"] / at.steps,
                 )
+
+    def _gradients(self, batch: Any) -> dict[str, torch.Tensor]:
+        """Add the gradients of one batch to the weights'; its loss and the parts of it."""
+        if not self.config.adversarial:
+            return self._backward(batch)
+        with watched(self.entity_inputs) as seen:
+            parts = self._backward(batch)
+        with shifted(self.entity_inputs, seen, self.config.adversarial):
+            return {**parts, "adversarial": self._backward(batch)["loss"]}
+
+    def _backward(self, batch: Any) -> dict[str, torch.Tensor]:
+        with torch.autocast(self.worker.device.type, self.autocast, enabled=self.autocast is not None):
+            loss, parts = self.task.loss(batch)
+        (loss / self.config.accumulate).backward()  # type: ignore[no-untyped-call]
+        return {"loss": loss.detach(), **parts}
 
     def _settle(self, pending: list[tuple[int, dict[str, torch.Tensor]]]) -> None:
         """Add finished losses to the epoch's mean. Read in groups: each read makes a GPU wait."""

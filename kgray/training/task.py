@@ -51,6 +51,11 @@ class Task(ABC, Generic[B, S]):
     def loss(self, batch: B) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean loss over a batch, and its parts for the log; called under the run's autocast."""
 
+    def entity_inputs(self) -> Sequence[nn.Module]:
+        """The modules whose outputs (n, d) entities enter the model with, each called as often in every step; none
+        where the model does not know entities apart."""
+        return ()
+
     @abstractmethod
     def scorer(self) -> S:
         """The model as it is, ready to rank; dropout off, the model's mode left as it was."""

@@ -1,4 +1,4 @@
-"""The fused model: slots, algebra of the decoders, leaks, and what becomes of it on disk.
+"""The fused model: slots, leaks, and what becomes of it on disk.
 
 python3 -m pytest tests/unit/test_model.py
 """
@@ -24,12 +24,11 @@ from kgray.evaluation.ranking import filter_splits, rank_triples
 from kgray.graph.graph import SPLITS, Graph
 from kgray.model.bundle import Bundle, write_bundle
 from kgray.model.config import GnnConfig, ModelConfig, StructureConfig, TextTowerConfig, ablation
-from kgray.model.decoders import DECODERS
 from kgray.model.fused import FusedModel
 from kgray.model.fusion import FUSIONS
 from kgray.model.gnn import GNNS
-from kgray.model.objectives import Batch, batch_loss, entity_loss
-from kgray.model.states import StateScorer, encode_all, join, scorer_of
+from kgray.model.objectives import Batch, batch_loss
+from kgray.model.states import StateScorer, encode_all, scorer_of
 from kgray.training.batches import BatchMaker
 from kgray.training.fused_task import build_model
 
@@ -37,39 +36,6 @@ from kgray.training.fused_task import build_model
 def batches(config: ModelConfig, data: Graph, batch_size: int = 16) -> BatchMaker:
     train = data.triples["train"]
     return BatchMaker(train, data.message_index(), data.known(["train"]), config, RELATIONS, batch_size, seed=3)
-
-
-def slow_score(name: str, h: torch.Tensor, r: torch.Tensor, t: torch.Tensor) -> float:
-    if name == "distmult":
-        return float(sum(a * b * c for a, b, c in zip(h, r, t, strict=True)))
-    half = len(h) // 2
-    z = [torch.complex(x[:half], x[half:]) for x in (h, r, t)]
-    return float(sum((a * b * c.conj()).real for a, b, c in zip(*z, strict=True)))
-
-
-@pytest.mark.parametrize("name", DECODERS.names())
-def test_decoder_algebra_equals_the_formula(name: str) -> None:
-    torch.manual_seed(0)
-    h, r, t = torch.randn(3, 5, 8, dtype=torch.float64)
-    decoder = DECODERS.get(name)()
-    slow = torch.tensor([slow_score(name, *row) for row in zip(h, r, t, strict=True)], dtype=torch.float64)
-    torch.testing.assert_close((decoder.query(h, r) * t).sum(1), slow)
-    torch.testing.assert_close((decoder.relation_query(h, t) * r).sum(1), slow)
-    # Joined vectors score the sum of their parts.
-    joined = (decoder.query(join([h, t]), join([r, h])) * join([t, r])).sum(1)
-    other = torch.tensor([slow_score(name, *row) for row in zip(t, h, r, strict=True)], dtype=torch.float64)
-    torch.testing.assert_close(joined, slow + other)
-
-
-def test_scorer_directions_agree_with_single_triples() -> None:
-    torch.manual_seed(1)
-    scorer = StateScorer(torch.randn(9, 4), torch.randn(9, 4), torch.randn(6, 4), "complex")
-    h, r, t = torch.tensor([0, 3, 8]), torch.tensor([0, 2, 1]), torch.tensor([5, 3, 0])
-    forward = scorer.score_tails(h, r).gather(1, t[:, None]).squeeze(1)
-    backward = scorer.score_heads(r, t).gather(1, h[:, None]).squeeze(1)
-    torch.testing.assert_close(scorer.score_triples(h, r, t), (forward + backward) / 2)
-    relations = scorer.score_relations(h, t)
-    torch.testing.assert_close(relations.gather(1, r[:, None]).squeeze(1), (forward + backward) / 2)
 
 
 @pytest.mark.parametrize("kind", ["none", *GNNS.names()])
@@ -92,6 +58,7 @@ def test_every_slot_trains(kind: str, fusion: str) -> None:
         ("model.gnn.kind", replace(SMALL, gnn=replace(SMALL.gnn, kind="gatt"))),
         ("model.fusion", replace(SMALL, fusion="gate")),
         ("model.decoder", replace(SMALL, decoder="complx")),
+        ("model.objective.loss", replace(SMALL, objective=replace(SMALL.objective, loss="bse"))),
     ],
 )
 def test_an_unknown_part_is_answered_with_the_known_ones(key: str, config: ModelConfig) -> None:
@@ -100,7 +67,11 @@ def test_an_unknown_part_is_answered_with_the_known_ones(key: str, config: Model
     assert caught.value.key == key
     assert all(
         known in str(caught.value)
-        for known in {"model.fusion": ["gated"], "model.decoder": ["complex"]}.get(key, ["sage"])
+        for known in {
+            "model.fusion": ["gated"],
+            "model.decoder": ["complex", "rotate"],
+            "model.objective.loss": ["bce", "softmax"],
+        }.get(key, ["sage"])
     )
 
 
@@ -167,7 +138,8 @@ def test_views_add_up_at_their_weight() -> None:
     encoded = encode_all(model, data.message_index())
     h, r, _ = (torch.from_numpy(c.copy()) for c in data.triples["test"].T)
     fused, half, whole = (encoded.scorer(w).score_tails(h, r) for w in (0.0, 0.5, 1.0))
-    structural = StateScorer(encoded.heads[1], encoded.tails[1], encoded.relations[1], "complex").score_tails(h, r)
+    structure = encoded.heads[1], encoded.tails[1], encoded.relations[1], [encoded.decoders[1]]
+    structural = StateScorer(*structure).score_tails(h, r)
     torch.testing.assert_close(whole, fused + structural)
     torch.testing.assert_close(half, fused + 0.5 * structural)
     assert not torch.allclose(fused, whole)
@@ -240,26 +212,6 @@ def test_filters_by_split() -> None:
 
 
 # --- objectives ---------------------------------------------------------------------------------------------------
-
-
-def test_entity_loss_equals_the_formula() -> None:
-    scores = torch.tensor([[1.0, 2.0, 0.5, 3.0], [0.0, -1.0, 2.0, 1.0]])
-    batch = Batch(
-        neighbourhood=None,  # type: ignore[arg-type]
-        head=torch.tensor([0, 1]),
-        relation=torch.tensor([0, 0]),
-        tail=torch.tensor([1, 2]),
-        known_query=torch.tensor([0]),
-        known_candidate=torch.tensor([3]),
-        log_inclusion=torch.tensor([0.0, -1.0, -0.5, 0.0]),
-    )
-    total = 0.0
-    for row, gold, allowed in ((0, 1, [0, 1, 2]), (1, 2, [0, 1, 2, 3])):
-        adjusted = {c: float(scores[row, c] - batch.log_inclusion[c]) for c in allowed}  # type: ignore[index]
-        log_z = np.log(sum(np.exp(v) for v in adjusted.values()))
-        smooth = np.mean([v - log_z for v in adjusted.values()])
-        total += -(0.9 * (adjusted[gold] - log_z) + 0.1 * smooth)
-    assert float(entity_loss(scores, batch, 0.1)) == pytest.approx(total / 2, abs=1e-5)
 
 
 def test_inclusion_probabilities_are_what_sampling_does() -> None:

@@ -80,7 +80,7 @@ def test_each_change_is_that_of_encoding_again_without_the_fact(
 
 
 def replace_states(scorer, heads, tails):
-    return type(scorer)(heads, tails, scorer.relations, "complex")
+    return type(scorer)(heads, tails, scorer.relations, scorer.decoders)
 
 
 def without(block: Block, head: int, relation: int, tail: int) -> Block:
