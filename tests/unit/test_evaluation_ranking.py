@@ -219,8 +219,8 @@ def test_the_true_answer_is_never_filtered_and_duplicates_count_twice() -> None:
 
 def test_validation_is_filtered_by_train_and_valid_only_and_test_by_all() -> None:
     assert filter_splits("train") == ("train",)
-    assert filter_splits("valid") == ("train", "valid")
-    assert filter_splits("test") == ("train", "valid", "test")
+    assert filter_splits("valid") == ("train", "valid", "support")
+    assert filter_splits("test") == ("train", "valid", "test", "support")
     with pytest.raises(ValueError, match="unknown split"):
         filter_splits("dev")
 
