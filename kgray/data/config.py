@@ -38,17 +38,17 @@ class SplitConfig:
 
     by: Literal["triples", "entities"] = option(
         "triples",
-        "triples: shares of one source of triples are held out; entities: shares of the entities are, and given splits "
-        "are pooled and divided again.",
+        "triples: shares of one source of triples are held out; entities: shares of the entities are, and given "
+        "splits are pooled and divided again.",
     )
     valid: float = option(0.05, "Share of the triples, or of the entities, that goes to validation.")
     test: float = option(0.05, "Share of the triples, or of the entities, that goes to test.")
     seed: int = option(0, "Another seed, another division.")
-    support: float = option(0.5, "by=entities: share of the held-out entities' triples known when they are asked about.")
+    support: float = option(0.5, "by=entities: share of the held-out entities' triples known when they are asked.")
     keep_pairs: bool = option(
         True,
         "by=entities: whether triples of the same two entities, in whichever direction, are all support or all asked; "
-        "otherwise support may hold the reverse of a fact that is asked, which answers it where a relation is symmetric.",
+        "else support may hold the reverse of a fact that is asked, which answers it where a relation is symmetric.",
     )
 
     def __post_init__(self) -> None:

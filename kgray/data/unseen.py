@@ -1,7 +1,7 @@
 """Splits by entity: some entities are held out of training as a whole, with some of their edges known at inference.
 
-The inductive setting of Hamaguchi et al. 2017 and Daza et al. 2021 (BLP), with support edges: which split a triple is in
-follows from hashes of its entities and of itself, so every task that reads some rows draws alike, without a shuffle.
+The inductive setting of Hamaguchi et al. 2017 and Daza et al. 2021 (BLP), with support edges: which split a triple is
+in follows from hashes of its entities and of itself, so every task that reads some rows draws alike, without a shuffle.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ class SupportAudit:
 
 def support_report(parts: Sequence[SupportAudit]) -> dict[str, Any]:
     """The section ``support`` of audit.json."""
-    entities, supported = (np.sum([getattr(part, name) for part in parts], axis=0) for name in ("entities", "supported"))
+    entities = np.sum([part.entities for part in parts], axis=0)
+    supported = np.sum([part.supported for part in parts], axis=0)
     return {
         "triples": sum(part.triples for part in parts),
         "only_support_entities": sum(part.only_support for part in parts),
