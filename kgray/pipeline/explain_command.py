@@ -26,7 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--relation", metavar="ID", help="all three: this triple is explained, asked from either end")
     parser.add_argument("--tail", metavar="ID")
     for end in ("head", "tail"):
-        parser.add_argument(f"--{end}-text", metavar="TEXT", help=f"a {end} the graph does not have: 'name: description'")
+        said = f"a {end} that the graph does not have: 'name: description'"
+        parser.add_argument(f"--{end}-text", metavar="TEXT", help=said)
     parser.add_argument(
         "--fact", nargs=2, metavar=("RELATION", "TAIL"), action="append", default=[], help="of the new entity, as head"
     )
@@ -78,7 +79,7 @@ def new_query(options: argparse.Namespace, given: dict[str, str]) -> Query | Non
     ends = [end for end, text in texts.items() if text is not None]
     if not ends:
         if options.fact or options.fact_of:
-            raise UserError("--fact and --fact-of are facts of a new entity: give its text by --head-text or --tail-text")
+            raise UserError("--fact and --fact-of are facts of a new entity: give its --head-text or --tail-text")
         return None
     if len(ends) > 1 or ends[0] in given or len(given) != 1:
         raise UserError("beside --head-text or --tail-text give exactly one of the two other parts, by --head, ...")

@@ -29,9 +29,8 @@ _LISTED = 20
 class QueryError(UserError):
     """A query that cannot be answered as it stands; ``code`` is ``unknown-entity`` and the like.
 
-    ``field`` is the part of the query that is wrong (``head``, ``head.facts.0.tail``),
-    ``value`` what it held, ``near`` external ids that the
-    user may have meant (the candidates themselves, for an ambiguous name).
+    ``field`` is the part of the query that is wrong (``head``, ``head.facts.0.tail``), ``value`` what it held,
+    ``near`` external ids that the user may have meant (the candidates themselves, for an ambiguous name).
     """
 
     def __init__(self, code: str, field: str, value: str, message: str, near: Sequence[str] = ()) -> None:

@@ -102,7 +102,7 @@ class NewEntities:
             raise QueryError("no-new-entities", field, name, f"{field}: {error}") from None
         except (EncoderError, ArtifactError) as error:
             log.warning("new entity: %s", error)  # it speaks of paths, which are nobody's business outside
-            message = f"{field}: the encoder and vectors of the graph's texts, which a new entity needs, are not at hand"
+            message = f"{field}: the encoder and vectors of the graph's texts, which it needs, are not at hand"
             raise QueryError("no-encoder", field, name, message) from error
 
     def _newcomers(self) -> Newcomers:
