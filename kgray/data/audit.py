@@ -210,9 +210,8 @@ def report(
     text: TextAudit,
     moved_to_train: int | None,
     entity_names: dict[int, str],
-    support: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """audit.json. ``entity_names``: the external ids of the hubs; ``support``: its section where there is one."""
+    """audit.json. ``entity_names``: the external ids of the hubs."""
     total = _sum(part.kept for part in parts)
     unseen = _sum(part.unseen for part in parts)
     by_relation = _sum(part.relations for part in parts)
@@ -229,8 +228,7 @@ def report(
         ),
         "entities": {
             "total": int(sum(int(part.degrees[1].sum()) for part in parts)),
-            "without_triples": sum(part.without_triples for part in parts)
-            - (support["only_support_entities"] if support else 0),
+            "without_triples": sum(part.without_triples for part in parts),
             "missing_name": text.missing_name,
             "missing_description": text.missing_description,
             "missing_text": text.missing_text,
@@ -260,8 +258,6 @@ def report(
     }
     if moved_to_train is not None:
         told["moved_to_train"] = moved_to_train
-    if support is not None:
-        told["support"] = support
     return told
 
 

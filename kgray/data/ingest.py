@@ -48,7 +48,7 @@ from kgray.data.tables import (
 )
 from kgray.data.tasks import fetch, run_all, start
 from kgray.data.triples import Encoding, TriplesRead, encode_triples, read_triples, triple_shape
-from kgray.data.unseen import SupportAudit, support_report
+from kgray.data.unseen import SupportAudit, add_support, support_report
 from kgray.errors import ConfigError, DataError
 
 __all__ = ["GRAPH_FORMAT", "corpus_recipe", "ingest", "ingest_corpus", "ingest_recipe"]
@@ -268,8 +268,9 @@ class _Ingest:
             self._text(naming),
             self.moved if _divided(self.data) else None,
             self._hubs(parts),
-            self.support,
         )
+        if self.support is not None:
+            add_support(told, self.support)
         self.draft.write_json("audit.json", told)
         fetch("write entities", writing)
         return kept

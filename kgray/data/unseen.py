@@ -84,6 +84,12 @@ def support_report(parts: Sequence[SupportAudit]) -> dict[str, Any]:
     }
 
 
+def add_support(told: dict[str, Any], support: dict[str, Any]) -> None:
+    """Put the section into audit.json as told of the other splits."""
+    told["support"] = support
+    told["entities"]["without_triples"] -= support["only_support_entities"]
+
+
 def _touched(triples: Triples, span: tuple[int, int]) -> npt.NDArray[np.bool_]:
     """Which entities of a span a triple holds; (end - start,) bool."""
     found = np.zeros(span[1] - span[0], dtype=bool)
