@@ -21,6 +21,7 @@ from kgray.graph.graph import Graph
 from kgray.graph.neighbours import NeighbourIndex
 from kgray.model.bundle import Bundle
 from kgray.model.ensemble import EnsembleScorer, locate
+from kgray.model.fused import States
 from kgray.model.gate import Gate, Queries, TrainingFacts, part_of, row_features
 from kgray.model.newcomer import FusedNewcomers, Newcomer, Part
 from kgray.model.states import StateScorer
@@ -55,7 +56,7 @@ class Newcomers:
         inputs = _Inputs()
         if isinstance(bundle.scorer, EnsembleScorer):
             entries = {entry["name"]: entry for entry in bundle.info["members"]}
-            found = {}
+            found: dict[str, FusedNewcomers] = {}
             for name, scorer in bundle.scorer.members.items():
                 if isinstance(scorer, StateScorer):
                     member = locate(artifact, entries[name])
@@ -75,10 +76,10 @@ class Newcomers:
         able = {name: one for name, one in self.members.items() if all(map(one.knows, new))}
         if not able:
             raise NoNewcomersError(self._why())
-        rows = {}
+        rows: dict[str, Tensor] = {}
         for name, one in able.items():
-            parts = [one.states(part) if isinstance(part, Newcomer) else part for part in (first, second)]
-            rows[name] = one.score(task, parts[0], parts[1])
+            a, b = (_given(one, part) for part in (first, second))
+            rows[name] = one.score(task, a, b)
         weights = dict.fromkeys(rows, 1.0) if self.ensemble is None else self._weights(task, first, second, rows)
         addends = {name: rows[name] * weight for name, weight in weights.items()}
         return NewAnswer(torch.stack(list(addends.values())).sum(0), addends)
@@ -104,6 +105,10 @@ class Newcomers:
         weights = gate.weights(queries)[0]
         said = {name: float(weights[gate.members.index(name)]) for name in gate.used(task) if name in rows}
         return said or {next(iter(rows)): 1.0}
+
+
+def _given(member: FusedNewcomers, part: Part) -> int | States:
+    return member.states(part) if isinstance(part, Newcomer) else part
 
 
 def _features(gate: Gate, rows: Mapping[str, Tensor]) -> Tensor | None:

@@ -32,7 +32,7 @@ def explain_new(model: Artifact, query: Query) -> list[tuple[str, dict[str, Any]
     changes = _changes(new, query, first, second, places)
     found = []
     for number, one in enumerate(ranking.predictions):
-        told = {
+        told: dict[str, Any] = {
             "rank": one.rank,
             query.missing: one.id,
             "name": one.name,

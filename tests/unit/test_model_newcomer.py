@@ -9,12 +9,13 @@ import pytest
 import torch
 from model_graphs import ENTITIES, RELATIONS, SMALL, TRAIN, WIDTH, graph, vectors
 
+from kgray.evaluation.counts import SIDES
 from kgray.graph.graph import Graph
 from kgray.graph.neighbours import NeighbourIndex
 from kgray.model.config import GnnConfig, ModelConfig, ablation
 from kgray.model.ensemble import EnsembleScorer
 from kgray.model.fused import FusedModel
-from kgray.model.gate import ONE, Gate, TrainingFacts
+from kgray.model.gate import LEVELS, ONE, Gate, Queries, TrainingFacts
 from kgray.model.newcomer import NEW, FusedNewcomers, Newcomer, answers_given
 from kgray.model.newcomer_mix import Newcomers, NoNewcomersError
 from kgray.model.states import StateScorer, scorer_of
@@ -35,8 +36,9 @@ def read(name: str, description: str) -> np.ndarray:
 
 def facts_of(data: Graph, entity: int) -> np.ndarray:
     facts = data.triples["train"]
-    facts = facts[(facts[:, 0] == entity) | (facts[:, 2] == entity)]
-    return np.where(facts == entity, [[NEW, -9, NEW]], facts) * [[1, 0, 1]] + facts * [[0, 1, 0]]
+    facts = facts[(facts[:, 0] == entity) | (facts[:, 2] == entity)].copy()
+    facts[:, [0, 2]] = np.where(facts[:, [0, 2]] == entity, NEW, facts[:, [0, 2]])
+    return facts
 
 
 def without_vector(data: Graph, model: FusedModel, entity: int, edges: np.ndarray) -> StateScorer:
@@ -172,6 +174,27 @@ def test_a_gate_that_reads_scores_takes_the_usual_ones_of_members_that_cannot() 
     new, _ = mixed(features=True)
     answer = new.answer("tail", Newcomer("5"), 1)
     assert torch.isfinite(answer.scores).all() and set(answer.addends) == {"fused", "text_only"}
+
+
+@pytest.mark.parametrize("task", ["tail", "head", "relation"])
+def test_the_gate_takes_it_for_an_entity_that_training_did_not_see(task: str) -> None:
+    """The oracle: an entity of the graph without training triples, weighed the ordinary way."""
+    torch.manual_seed(0)
+    new, _ = mixed()
+    assert new.ensemble is not None
+    train = graph().triples["train"]
+    facts = TrainingFacts.of(train[(train[:, 0] != 7) & (train[:, 2] != 7)], ENTITIES, RELATIONS)
+    part = "relation" if task == "relation" else "entity"
+    gate = replace(new.ensemble.gates[part], levels=torch.randn(LEVELS[part], 3), directions=torch.randn(6, 3))
+    new.ensemble.facts, new.ensemble.gates[part] = facts, gate
+    given = {"tail": (7, 1), "head": (1, 7), "relation": (7, 9)}[task]
+    rows = {name: torch.zeros(ENTITIES) for name in ("fused", "text_only")}
+    named = [Newcomer("7") if value == 7 else value for value in given]
+    first, second = (torch.tensor([value]) for value in given)
+    side = torch.tensor([SIDES.index(task)])
+    queries = Queries(side, facts.levels(task, first, second), facts.directions(task, first, second), None)
+    want = gate.weights(queries)[0]
+    assert new._weights(task, *named, rows) == pytest.approx({"fused": float(want[1]), "text_only": float(want[2])})
 
 
 def test_a_member_without_a_say_answers_where_no_other_can() -> None:
