@@ -11,6 +11,10 @@ Paths = ConfigPath | list[ConfigPath]
 """One path, one glob (``*``, ``?``, ``[...]``, ``**``), or a list of them."""
 
 SPLITS = ("train", "valid", "test")
+SUPPORT = "support"
+"""The edges of held-out entities that are known when they are asked about, and never trained on."""
+STORED = (*SPLITS, SUPPORT)
+"""All splits a triple may be in, in the order of their numbers."""
 
 
 @configuration
@@ -24,15 +28,31 @@ class SplitPaths:
 
 @configuration
 class SplitConfig:
-    """How one source of triples is divided. A triple's split is a hash of the triple and the seed, so it depends
-    on nothing else: not on the order of rows, the files, or the number of workers."""
+    """How triples are divided. A triple's split is a hash of the triple and the seed, so it depends on nothing else:
+    not on the order of rows, the files, or the number of workers.
 
-    valid: float = option(0.05, "Share of the triples that goes to validation.")
-    test: float = option(0.05, "Share of the triples that goes to test.")
+    By triples: one source is divided, given splits stay. By entities: whatever the files say, a share of the entities
+    is held out of training, and no training triple holds one. Of their triples a share is ``support``, edges known when
+    an entity is asked about; the others are asked. A triple with held-out entities of both kinds is never validation:
+    what is chosen on validation must not have seen a fact of a test entity."""
+
+    by: Literal["triples", "entities"] = option(
+        "triples",
+        "triples: shares of one source of triples are held out; entities: shares of the entities are, and given "
+        "splits are pooled and divided again.",
+    )
+    valid: float = option(0.05, "Share of the triples, or of the entities, that goes to validation.")
+    test: float = option(0.05, "Share of the triples, or of the entities, that goes to test.")
     seed: int = option(0, "Another seed, another division.")
+    support: float = option(0.5, "by=entities: share of the held-out entities' triples known when they are asked.")
+    keep_pairs: bool = option(
+        True,
+        "by=entities: whether triples of the same two entities, in whichever direction, are all support or all asked; "
+        "else support may hold the reverse of a fact that is asked, which answers it where a relation is symmetric.",
+    )
 
     def __post_init__(self) -> None:
-        for key in ("valid", "test"):
+        for key in ("valid", "test", "support"):
             if not 0 <= getattr(self, key) < 1:
                 raise ConfigError(key, getattr(self, key), "a share from 0 up to, but not including, 1")
         if self.valid + self.test >= 1:
@@ -83,7 +103,9 @@ class DataConfig:
     triples: Paths | SplitPaths = option(
         REQUIRED, "Triples: train/valid/test paths, or one source that `data.split` divides."
     )
-    split: SplitConfig = option(SplitConfig, "How one source of triples is divided; unused for given splits.")
+    split: SplitConfig = option(
+        SplitConfig, "How triples are divided; of given splits only where whole entities are held out."
+    )
     entities: Paths | None = option(
         None, "Entity table (id, name, description, type, more): then every entity of a triple needs a row."
     )

@@ -20,7 +20,7 @@ from kgray.artifact import Draft, Recipe, Store
 from kgray.config import to_dict
 from kgray.data import audit, output
 from kgray.data.bad_rows import BadRows, judge, kept_details
-from kgray.data.config import SPLITS, DataConfig, SplitPaths
+from kgray.data.config import SPLITS, SUPPORT, DataConfig, SplitPaths
 from kgray.data.corpus import corpus_recipe, ingest_corpus
 from kgray.data.inputs import (
     Plan,
@@ -48,6 +48,7 @@ from kgray.data.tables import (
 )
 from kgray.data.tasks import fetch, run_all, start
 from kgray.data.triples import Encoding, TriplesRead, encode_triples, read_triples, triple_shape
+from kgray.data.unseen import SupportAudit, add_support, support_report
 from kgray.errors import ConfigError, DataError
 
 __all__ = ["GRAPH_FORMAT", "corpus_recipe", "ingest", "ingest_corpus", "ingest_recipe"]
@@ -65,7 +66,7 @@ def ingest_recipe(store: Store, data: DataConfig, graph: GraphConfig) -> Recipe:
     files = graph_files(data)
     config = {
         "files": [[file.role, file.format, file.compression] for file in files],
-        "split": to_dict(data.split) if _divided(data) else None,
+        "split": _division(data),
         "partitions": graph.partitions,
         **reading_options(data),
     }
@@ -99,14 +100,27 @@ def _ingest(draft: Draft, data: DataConfig, graph: GraphConfig, sizes: Sizes) ->
         "entities": entities,
         "relations": len(run.relations.codes),
         **{f"triples_{split}": int(kept[s]) for s, split in enumerate(SPLITS)},
+        **({f"triples_{SUPPORT}": run.support["triples"]} if run.support is not None else {}),
         "quarantined": run.bad.count,
         "partitions": len(ranges),
     }
 
 
 def _divided(data: DataConfig) -> bool:
-    """Whether splits are drawn here."""
-    return not isinstance(data.triples, SplitPaths) and data.columns.split is None
+    """Whether splits of triples are drawn here."""
+    return not (_by_entities(data) or isinstance(data.triples, SplitPaths) or data.columns.split is not None)
+
+
+def _by_entities(data: DataConfig) -> bool:
+    return data.split.by == "entities"
+
+
+def _division(data: DataConfig) -> dict[str, Any] | None:
+    """What decides the splits besides the files."""
+    told = to_dict(data.split)
+    if _by_entities(data):
+        return told
+    return {key: told[key] for key in ("valid", "test", "seed")} if _divided(data) else None
 
 
 def _ranges(entities: int, graph: GraphConfig) -> list[tuple[int, int]]:
@@ -126,6 +140,7 @@ class _Ingest:
         self.paths = [file.path for file in self.files]
         self.bad = BadRows(kept_details(data))
         self.moved = 0
+        self.support: dict[str, Any] | None = None
 
     # --- reading and the dictionary ---------------------------------------------------------------
 
@@ -222,12 +237,18 @@ class _Ingest:
         finishing = start(
             "write triples",
             output.finish_partition,
-            [(self.draft, p, span, relations, [one[p] for one in encoded]) for p, span in enumerate(ranges)],
-            3,
+            [
+                (self.draft, p, span, relations, _by_entities(self.data), [one[p] for one in encoded])
+                for p, span in enumerate(ranges)
+            ],
+            4,
         )
         naming = self._start_names()
         parts: list[audit.PartAudit] = fetch("write triples", [one[0] for one in finishing])
         kept = np.sum([part.kept for part in parts], axis=0)
+        if _by_entities(self.data):
+            supported: list[SupportAudit] = fetch("write triples", [one[3] for one in finishing])
+            self.support = support_report(supported)
         if not kept[0]:
             raise DataError(f"no training triple is left ({self.bad.count} bad rows); expected at least one")
         rules = audit.find_rules(parts, relations)
@@ -248,6 +269,8 @@ class _Ingest:
             self.moved if _divided(self.data) else None,
             self._hubs(parts),
         )
+        if self.support is not None:
+            add_support(told, self.support)
         self.draft.write_json("audit.json", told)
         fetch("write entities", writing)
         return kept

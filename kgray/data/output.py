@@ -12,9 +12,10 @@ import pyarrow as pa
 from kgray.artifact import Draft
 from kgray.data.audit import HeldOut, PartAudit, Rule, audit_held_out, audit_part, seen_in_train
 from kgray.data.bad_rows import BadRow
-from kgray.data.config import SPLITS
+from kgray.data.config import SPLITS, STORED
 from kgray.data.tables import combined, named
 from kgray.data.triples import Bools, Triples, concat, deduplicate, triple_table
+from kgray.data.unseen import SupportAudit
 
 ROW_GROUP = 1 << 16
 
@@ -25,20 +26,26 @@ def part_name(number: int) -> str:
 
 
 def finish_partition(
-    draft: Draft, number: int, span: tuple[int, int], relations: int, parts: Sequence[Triples]
-) -> tuple[PartAudit, Triples, Bools]:
-    """Write the triples whose head is in the partition. ``parts``: all triples with head or tail in it.
+    draft: Draft, number: int, span: tuple[int, int], relations: int, support: bool, parts: Sequence[Triples]
+) -> tuple[PartAudit, Triples, Bools, SupportAudit]:
+    """Write the triples whose head is in the partition. ``parts``: all triples with head or tail in it; ``support``:
+    whether there is such a split.
 
-    Returns the counts, those triples without duplicates, and which entities of the partition train holds.
+    Returns the counts, the triples of SPLITS without duplicates, which entities of the partition train holds, and the
+    counts of support.
     """
     given = concat(parts)
     kept, dropped = deduplicate(given)
     own = kept[(kept.head >= span[0]) & (kept.head < span[1])]
-    for s, split in enumerate(SPLITS):
+    for s, split in enumerate(STORED if support else SPLITS):
         table = triple_table(own[own.split == s])
         draft.write_table(f"triples/{split}/{part_name(number)}", table, row_group_size=ROW_GROUP)
+    counted_support = SupportAudit.of(kept, span)
+    if support:
+        asked, kept = given.split < len(SPLITS), kept[kept.split < len(SPLITS)]
+        given, dropped = given[asked], dropped[asked]
     counted = audit_part(kept, dropped, given, span, relations)
-    return counted, kept, seen_in_train(kept, span)
+    return counted, kept, seen_in_train(kept, span), counted_support
 
 
 def check_held_out(

@@ -12,11 +12,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kgray.data.bad_rows import BadRows, kept_details
-from kgray.data.config import SPLITS, ColumnsConfig, DataConfig
+from kgray.data.config import SPLITS, STORED, ColumnsConfig, DataConfig
 from kgray.data.dictionary import U64, bucket_slices, encode_columns, hash_triples, split_of
 from kgray.data.files import Chunk
 from kgray.data.partition import partition_of
 from kgray.data.rows import Shape, read_rows
+from kgray.data.unseen import split_by_entity
 
 I64 = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
@@ -26,7 +27,7 @@ _FIELDS = ("head", "relation", "tail", "split", "source", "line")
 @dataclass
 class Triples:
     """Rows of a graph, all arrays (n,): head, tail, line int64; relation, source int32; split int8 (0 train,
-    1 valid, 2 test)."""
+    1 valid, 2 test, 3 support)."""
 
     head: I64
     relation: npt.NDArray[np.int32]
@@ -92,7 +93,9 @@ def read_triples(chunks: Sequence[Chunk], data: DataConfig, buckets: int) -> tup
     sources = _join([np.full(len(p[4]), p[5], dtype=np.int32) for p in parts], np.int32)
     splits = _join([p[3] for p in parts], np.int8)
     divide = splits < 0
-    if divide.any():
+    if data.split.by == "entities":
+        splits = split_by_entity(entities.hashes, heads, relations.hashes[relation], tails, data.split)
+    elif divide.any():
         hashed = hash_triples(
             entities.hashes[heads[divide]],
             relations.hashes[relation[divide]],
@@ -209,7 +212,7 @@ def encode_triples(
             ("entity", found.tail[n], local.ids[int(rows.tail[n])].as_py(), "tail"),
         )
         table, _, name, column = next(value for value in values if value[1] < 0)
-        split = SPLITS[int(rows.split[n])]
+        split = STORED[int(rows.split[n])]
         reason = f"the {column} {name!r} of this {split} triple has no row in the {table} table; expected one"
         bad.add(int(rows.source[n]), int(rows.line[n]), reason, "\t".join(value[2] for value in values))
     moved = 0

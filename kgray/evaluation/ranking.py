@@ -20,6 +20,7 @@ import torch
 from kgray.errors import NonFiniteError
 from kgray.evaluation.counts import SIDES, Counts, Strata
 from kgray.graph.filter_index import FilterIndex
+from kgray.graph.graph import SPLITS, SUPPORT
 
 SCORE_BUDGET = 1 << 24
 """Scores held at once by default: 64 MiB of float32."""
@@ -96,12 +97,13 @@ def filter_splits(split: str) -> tuple[str, ...]:
     """The splits whose triples are left out of the rivals when ``split`` is ranked.
 
     Train answers filter negatives in training, train+valid filter validation, all filter the test. Filtering
-    validation by the test split would let model selection see the test.
+    validation by the test split would let model selection see the test. Support facts are known wherever something is
+    asked that training did not see.
     """
-    order = ("train", "valid", "test")
-    if split not in order:
-        raise ValueError(f"unknown split {split!r}, expected one of {', '.join(order)}")
-    return order[: order.index(split) + 1]
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}, expected one of {', '.join(SPLITS)}")
+    first = SPLITS[: SPLITS.index(split) + 1]
+    return first if split == "train" else (*first, SUPPORT)
 
 
 def rank_triples(

@@ -14,13 +14,15 @@ from kgray.graph.filter_index import FilterIndex
 from kgray.graph.neighbours import Int64, NeighbourIndex
 
 SPLITS = ("train", "valid", "test")
+SUPPORT = "support"
+"""Facts of entities held out of training that are known when they are asked about; few graphs have any."""
 
 
 @dataclass(frozen=True)
 class Graph:
     """Triples by split and the names of what they are about.
 
-    triples: for each split (n, 3) int64 of head, relation, tail.
+    triples: for each split, support too, (n, 3) int64 of head, relation, tail.
     entity_ids, entity_names: pyarrow string arrays of N entries in dense-id order; relations alike.
     """
 
@@ -44,8 +46,8 @@ class Graph:
         for what, table in (("entities", entities), ("relations", relations)):
             if not np.array_equal(table["id"].to_numpy(), np.arange(len(table))):
                 raise ArtifactError(f"{artifact.uri}: the ids of {what} are not 0..{len(table) - 1} in order")
-        triples = {}
-        for split in SPLITS:
+        triples = {SUPPORT: np.empty((0, 3), dtype=np.int64)}
+        for split in (*SPLITS, SUPPORT) if f"triples_{SUPPORT}" in artifact.counts else SPLITS:
             table = artifact.read_table(f"triples/{split}", columns=["head", "relation", "tail"])
             triples[split] = np.stack(
                 [table[name].to_numpy().astype(np.int64) for name in ("head", "relation", "tail")], axis=1
@@ -73,7 +75,7 @@ class Graph:
         """A graph from (n, 3) arrays by split; missing splits are empty, missing names are the ids."""
         entities = pa.chunked_array([pa.array([f"e{i}" for i in range(num_entities)], pa.string())])
         relations = pa.chunked_array([pa.array([f"r{i}" for i in range(num_relations)], pa.string())])
-        full = {s: np.asarray(triples.get(s, ()), dtype=np.int64).reshape(-1, 3) for s in SPLITS}
+        full = {s: np.asarray(triples.get(s, ()), dtype=np.int64).reshape(-1, 3) for s in (*SPLITS, SUPPORT)}
         return cls(
             num_entities=num_entities,
             num_relations=num_relations,
@@ -85,8 +87,29 @@ class Graph:
         )
 
     def message_index(self) -> NeighbourIndex:
-        """The edges messages run over: training triples, and never any other split."""
+        """The edges messages run over in training: training triples, and never any other split."""
         return NeighbourIndex.build(self.triples["train"], self.num_entities, self.num_relations)
+
+    @property
+    def context(self) -> Int64:
+        """(n, 3) int64: what is known when a question is asked, training and support triples; never what is asked.
+
+        Only training triples decide weights, rules and their confidence; over this answers are computed.
+        """
+        support = self.triples[SUPPORT]
+        return np.concatenate([self.triples["train"], support]) if len(support) else self.triples["train"]
+
+    def inference_index(self) -> NeighbourIndex:
+        """The edges messages run over when answers are computed: those of :attr:`context`."""
+        return NeighbourIndex.build(self.context, self.num_entities, self.num_relations)
+
+    def trained_entities(self) -> Int64 | None:
+        """Ids of the entities with a training triple where others are held out of training as a whole, which must not
+        even be its negatives; None where none is."""
+        if not len(self.triples[SUPPORT]):
+            return None
+        train = self.triples["train"]
+        return np.unique(np.concatenate([train[:, 0], train[:, 2]]))
 
     def known(self, splits: Sequence[str]) -> FilterIndex:
         """The facts of the given splits, for filtering ranks or negatives."""

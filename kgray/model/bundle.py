@@ -38,7 +38,7 @@ from kgray.config import from_dict, to_dict
 from kgray.errors import ArtifactError
 from kgray.evaluation.calibration import Calibration
 from kgray.graph.filter_index import FilterIndex
-from kgray.graph.graph import SPLITS, Graph
+from kgray.graph.graph import SPLITS, SUPPORT, Graph
 from kgray.model.config import ModelConfig
 from kgray.model.fused import FusedModel
 from kgray.model.states import StateScorer, write_states
@@ -99,7 +99,7 @@ def write_common(
     (folder / "history.json").write_text(json.dumps(list(history), indent=1) + "\n")
     _write_names(folder / "entities.parquet", graph.entity_ids, graph.entity_names)
     _write_names(folder / "relations.parquet", graph.relation_ids, graph.relation_names)
-    known = graph.known(SPLITS).to_arrays()
+    known = graph.known((*SPLITS, SUPPORT)).to_arrays()
     save_arrays({k: np.ascontiguousarray(v) for k, v in known.items()}, folder / "known.safetensors")
 
 

@@ -190,21 +190,26 @@ def load_ensemble(artifact: Artifact, info: Mapping[str, Any]) -> EnsembleScorer
 
 
 def open_member(artifact: Artifact, entry: Mapping[str, str], graph_version: str) -> Bundle:
-    """A member by what config.json says of it: at its URI, or beside the ensemble where the storage has moved.
+    """A member by what config.json says of it; ArtifactError as :func:`locate`, or when it is of another graph."""
+    bundle = Bundle.load(locate(artifact, entry))
+    check_graph(entry["name"], bundle, graph_version)
+    return bundle
 
-    Raises ArtifactError when it is nowhere, another version, or of another graph.
+
+def locate(artifact: Artifact, entry: Mapping[str, str]) -> Artifact:
+    """What an artifact was made from, by kind, version and uri: there, or in the same storage where that has moved.
+
+    Raises ArtifactError when it is nowhere or another version.
     """
-    uri = entry["uri"]
+    uri = entry["uri"].rstrip("/")
     try:
         found = Artifact.load(uri)
     except ArtifactNotFoundError:
-        beside = artifact.uri.rstrip("/").rpartition("/")[0] + "/" + uri.rstrip("/").rpartition("/")[2]
-        found = Artifact.load(beside)
+        storage = artifact.uri.rstrip("/").rsplit("/", 2)[0]
+        found = Artifact.load("/".join([storage, *uri.rsplit("/", 2)[1:]]))
     if found.version != entry["version"]:
-        raise ArtifactError(f"{artifact.uri}: member {entry['name']} at {found.uri} is not version {entry['version']}")
-    bundle = Bundle.load(found)
-    check_graph(entry["name"], bundle, graph_version)
-    return bundle
+        raise ArtifactError(f"{artifact.uri}: {found.uri} is not {entry['kind']} {entry['version']}")
+    return found
 
 
 def check_graph(name: str, bundle: Bundle, graph_version: str) -> None:

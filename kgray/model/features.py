@@ -43,8 +43,8 @@ WORDS = (
 class CandidateFeatures:
     """Features of pairs over one graph.
 
-    facts: the training facts. neighbours: bags of entities adjacent in training, rare ones weighing more. texts: None
-    where no entity has a name of its own or a description.
+    facts: what is known when a question is asked (``Graph.context``). neighbours: bags of entities adjacent there, rare
+    ones weighing more. texts: None where no entity has a name of its own or a description.
     """
 
     facts: FilterIndex
@@ -53,10 +53,10 @@ class CandidateFeatures:
 
     @classmethod
     def of(cls, graph: Graph, names: Sequence[str], descriptions: Sequence[str]) -> CandidateFeatures:
-        """From a graph's training facts and the texts of its N entities, empty where there are none."""
-        known = graph.known(("train",))
+        """From a graph's known facts and the texts of its N entities, empty where there are none."""
+        known = FilterIndex.build(graph.context, graph.num_entities, graph.num_relations)
         texts = TextBags.build(names, descriptions) if any(names) or any(descriptions) else None
-        return cls(known, _neighbour_bags(graph.triples["train"], graph.num_entities), texts)
+        return cls(known, _neighbour_bags(graph.context, graph.num_entities), texts)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -137,10 +137,10 @@ class CandidateFeatures:
         return cls(FilterIndex.from_arrays(facts), Bags.from_arrays("neighbours", arrays), texts)
 
 
-def _neighbour_bags(train: Int64, num_entities: int) -> Bags:
-    """Distinct entities adjacent in training; a neighbour of degree d weighs 1 / log(1 + d) (Adamic & Adar 2003)."""
-    rows = np.concatenate([train[:, 0], train[:, 2]])
-    items = np.concatenate([train[:, 2], train[:, 0]])
+def _neighbour_bags(facts: Int64, num_entities: int) -> Bags:
+    """Distinct entities adjacent in the facts; a neighbour of degree d weighs 1 / log(1 + d) (Adamic & Adar 2003)."""
+    rows = np.concatenate([facts[:, 0], facts[:, 2]])
+    items = np.concatenate([facts[:, 2], facts[:, 0]])
     degree = np.bincount(rows, minlength=num_entities)
     weights = (1.0 / np.log(2.0 + degree)).astype(np.float32)
     return Bags.build(rows, items, np.ones(len(rows), dtype=np.float32), num_entities, weights)

@@ -195,9 +195,11 @@ class FusedModel(nn.Module):
             return None
         return FrozenText(self.config.text, relation_text, self.config.dim)
 
-    def fuse(self, nodes: Tensor, structure: tuple[Tensor, Tensor] | None) -> Tensor:
+    def fuse(
+        self, nodes: Tensor, structure: tuple[Tensor, Tensor] | None, new_text: Tensor | None = None
+    ) -> Tensor:
         """S: (n,) ids and their structural vectors -> (n, d)."""
-        text = None if self.text is None else self.text(nodes)
+        text = None if self.text is None else self.text(nodes, new_text)
         if structure is None:
             return text  # type: ignore[return-value]  # ModelConfig refuses a model with neither
         vectors, has = structure
@@ -205,14 +207,17 @@ class FusedModel(nn.Module):
             return vectors
         return self.fusion(text, vectors, has)  # type: ignore[no-any-return]
 
-    def encode(self, neighbourhood: Neighbourhood) -> list[tuple[View, States]]:
+    def encode(self, neighbourhood: Neighbourhood, new_text: Tensor | None = None) -> list[tuple[View, States]]:
         """The views of the u seeds, the fused one before the structural one, of which there may be one or both; states
-        (u, d)."""
+        (u, d).
+
+        new_text: (m, width) text vectors of entities the model was not made for, with the ids N to N + m - 1.
+        """
         structure = None if self.structure is None else self.structure(neighbourhood.nodes)
         views = []
         num_seeds = neighbourhood.num_seeds
         if self.fused_view is not None:
-            x = self.fuse(neighbourhood.nodes, structure)
+            x = self.fuse(neighbourhood.nodes, structure, new_text)
             if self.gnn is not None:
                 x = self.gnn(x, neighbourhood.hops, self.message_vectors())
             x = self.dropout(self.norm(x))

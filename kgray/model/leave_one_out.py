@@ -49,7 +49,7 @@ class Effects:
 class LeaveOneOut:
     """Leaves out facts of one fused model.
 
-    model: restored weights, on the CPU. scorer: its stored states. triples: (T, 3) training facts.
+    model: restored weights, on the CPU. scorer: its stored states. triples: (T, 3) facts messages run over.
     """
 
     def __init__(self, model: FusedModel, scorer: StateScorer, graph: Graph) -> None:
@@ -57,8 +57,8 @@ class LeaveOneOut:
             raise NotExplainableError("the model reads no neighbours (model.gnn.kind is none)")
         self.model = model
         self.scorer = scorer
-        self.triples = graph.triples["train"]
-        self.index = graph.message_index()
+        self.triples = graph.context
+        self.index = graph.inference_index()
         self.fanouts = model.config.gnn.inference_fanouts
         self.sampler = NeighbourSampler(self.index, self.fanouts)
 

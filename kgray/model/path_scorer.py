@@ -1,7 +1,7 @@
 """Scores and explanations of the path model, and its ``model`` artifact.
 
 Besides what every family keeps: model.safetensors, the weights, and triples.npy, (T, 3) int32, the training facts that
-messages run over.
+messages run over, training and support.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def write_paths(
     size = {"entities": graph.num_entities, "relations": graph.num_relations}
     write_common(folder, "paths", graph, {"paths": to_dict(model.config), **size, **info}, history)
     save_file({k: v.contiguous().cpu() for k, v in model.state_dict().items()}, folder / "model.safetensors")
-    np.save(folder / "triples.npy", graph.triples["train"].astype(np.int32))
+    np.save(folder / "triples.npy", graph.context.astype(np.int32))
 
 
 def load_paths(artifact: Artifact, info: Mapping[str, Any]) -> PathScorer:

@@ -34,9 +34,15 @@ class FrozenText(nn.Module):
         )
         self.missing = nn.Parameter(torch.zeros(dim))
 
-    def forward(self, rows: Tensor) -> Tensor:
-        """(n,) ids -> (n, dim)."""
-        return self.project(self.vectors[rows].to(self.linear.weight.dtype))
+    def forward(self, rows: Tensor, new: Tensor | None = None) -> Tensor:
+        """(n,) ids -> (n, dim). new: (m, width) text vectors of entities without stored ones, whose ids follow."""
+        if new is None:
+            text = self.vectors[rows]
+        else:
+            count = len(self.vectors)
+            text = self.vectors[rows.clamp(max=count - 1)]
+            text[rows >= count] = new[rows[rows >= count] - count].to(text.dtype)
+        return self.project(text.to(self.linear.weight.dtype))
 
     def project(self, text: Tensor) -> Tensor:
         """(n, width) text vectors of any entity, known or new -> (n, dim)."""
@@ -52,7 +58,7 @@ class Table(nn.Embedding):
 
 
 class StructuralTable(nn.Module):
-    """One learned vector an entity; entities without a training triple have none.
+    """One learned vector an entity; entities without a training triple, and new ones beyond the table, have none.
 
     With sparse gradients a step touches the rows of its batch, whatever the size of the table; where every row is in
     every step, dense ones are quicker.
@@ -69,8 +75,9 @@ class StructuralTable(nn.Module):
 
     def forward(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """(n,) ids -> (n, dim) vectors and (n, 1) whether the entity has one."""
-        has = self.present[rows]
+        stored = rows.clamp(max=len(self.present) - 1)
+        has = self.present[stored] & (rows == stored)
         if self.training and self.drop:
             has = has & (torch.rand(len(rows), device=rows.device) >= self.drop)
         mask = has[:, None]
-        return self.table(rows) * mask, mask
+        return self.table(stored) * mask, mask

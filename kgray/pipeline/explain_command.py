@@ -14,6 +14,7 @@ from kgray.pipeline.plan import Work, needed
 
 if TYPE_CHECKING:
     from kgray.model.leave_one_out import LeaveOneOut
+    from kgray.serving.predictor import Query
 
 PARTS = ("head", "relation", "tail")
 
@@ -24,6 +25,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--head", metavar="ID", help="id or name; two of head, relation, tail ask for the third")
     parser.add_argument("--relation", metavar="ID", help="all three: this triple is explained, asked from either end")
     parser.add_argument("--tail", metavar="ID")
+    for end in ("head", "tail"):
+        said = f"a {end} that the graph does not have: 'name: description'"
+        parser.add_argument(f"--{end}-text", metavar="TEXT", help=said)
+    parser.add_argument(
+        "--fact", nargs=2, metavar=("RELATION", "TAIL"), action="append", default=[], help="of the new entity, as head"
+    )
+    parser.add_argument(
+        "--fact-of", nargs=2, metavar=("HEAD", "RELATION"), action="append", default=[], help="of it, as tail"
+    )
     parser.add_argument("--top", metavar="N", type=int, default=3, help="answers explained, best first (3)")
     parser.add_argument("--filter-known", action="store_true", help="leave out answers known already")
     parser.add_argument("--json", action="store_true", help="no text; everything in the line of JSON, 'explanations'")
@@ -41,18 +51,45 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         print(show_config(settings), end="", flush=True)
         return {"_said": True}
     given = {part: getattr(options, part) for part in PARTS if getattr(options, part) is not None}
-    if len(given) < 2:
+    new = new_query(options, given)
+    if new is None and len(given) < 2:
         raise UserError(f"give two of --head, --relation, --tail, or all three, not {len(given)}")
     if options.top < 1:
         raise UserError(f"--top must be at least 1, not {options.top}")
     with Work(settings, f"explain {Path(options.config).stem}") as work:
         for step in needed(steps.steps_of(settings), steps.targets_of("explain", settings)):
             work.run(step)
-        found = explain(work, given, options.top, filter_known=options.filter_known)
+        if new is not None:
+            from kgray.pipeline.explain_new import explain_new
+
+            found = explain_new(work.artifacts[steps.ENSEMBLE], new)
+        else:
+            found = explain(work, given, options.top, filter_known=options.filter_known)
         if not options.json:
             print("\n\n".join(text for text, _ in found), flush=True)
         result = results.result("explain", work) | {"metrics": {"explanations": len(found)}}
         return result | {"explanations": [data for _, data in found] if options.json else None}
+
+
+def new_query(options: argparse.Namespace, given: dict[str, str]) -> Query | None:
+    """The query of an entity given by its text; None where none is. UserError where that leaves no one question."""
+    from kgray.serving.predictor import NewEntity, NewFact, Query
+
+    texts = {end: getattr(options, f"{end}_text") for end in ("head", "tail")}
+    ends = [end for end, text in texts.items() if text is not None]
+    if not ends:
+        if options.fact or options.fact_of:
+            raise UserError("--fact and --fact-of are facts of a new entity: give its --head-text or --tail-text")
+        return None
+    if len(ends) > 1 or ends[0] in given or len(given) != 1:
+        raise UserError("beside --head-text or --tail-text give exactly one of the two other parts, by --head, ...")
+    name, _, description = texts[ends[0]].partition(":")
+    if not name.strip():
+        raise UserError(f"--{ends[0]}-text must begin with a name, not {texts[ends[0]]!r}")
+    facts = [NewFact(relation, tail=tail) for relation, tail in options.fact]
+    facts += [NewFact(relation, head=head) for head, relation in options.fact_of]
+    parts: dict[str, Any] = given | {ends[0]: NewEntity(name.strip(), description.strip(), tuple(facts))}
+    return Query(**parts, top_k=options.top, filter_known=options.filter_known)
 
 
 def explain(work: Work, given: dict[str, str], top: int, *, filter_known: bool) -> list[tuple[str, dict[str, Any]]]:

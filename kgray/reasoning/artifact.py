@@ -3,7 +3,8 @@
 Besides what every family has (kgray/model/bundle.py):
 
 rules.parquet   one row a rule, see :meth:`Rules.to_table`
-facts.npy       (n, 3) int64 training triples, on which the rules are grounded, memory-mapped
+facts.npy       (n, 3) int64 triples on which the rules are grounded (``Graph.context``: training and, where entities
+                are held out, support; their confidence is of training alone), memory-mapped
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def write_rules(draft: Draft, config: RulesConfig, graph: Graph, rules: Rules) -
     folder = draft.local_dir()
     write_common(folder, FAMILY, graph, {"rules": to_dict(config)})
     pq.write_table(rules.to_table(), folder / "rules.parquet")
-    np.save(folder / "facts.npy", graph.triples["train"])
+    np.save(folder / "facts.npy", graph.context)
     draft.upload_local()
     draft.drop_local()
     hops = np.bincount(rules.hops[rules.is_path], minlength=4)

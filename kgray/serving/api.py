@@ -20,7 +20,16 @@ from kgray.serving.config import ServeConfig
 from kgray.serving.guard import Guard, GuardRules
 from kgray.serving.names import Named, QueryError
 from kgray.serving.openapi import describe_api
-from kgray.serving.predictor import AnswerSet, Prediction, Query, Ranking, ScoredTriple, Triple
+from kgray.serving.predictor import (
+    AnswerSet,
+    NewEntity,
+    NewFact,
+    Prediction,
+    Query,
+    Ranking,
+    ScoredTriple,
+    Triple,
+)
 from kgray.serving.problems import Problem, pointer
 
 _FIELDS = {
@@ -69,7 +78,8 @@ def create_api(service: Service, config: ServeConfig, *, own_request_id: bool = 
     api.add_exception_handler(HTTPException, _http_error)
     _add_status_routes(api, service, config)
     _add_scoring_routes(api, service, config)
-    describe_api(api, config, service.facts(2) if service.ready else [])
+    facts = service.facts(2) if service.ready else []
+    describe_api(api, config, facts, new_entities=service.ready and service.about()["new_entities"])
     return api
 
 
@@ -90,6 +100,7 @@ def _add_status_routes(api: FastAPI, service: Service, config: ServeConfig) -> N
         return schemas.ModelInfo(
             model=schemas.ModelRef(name=config.name, version=service.version),
             graph_version=about["graph_version"],
+            new_entities=about["new_entities"],
             counts=schemas.Counts(**about["counts"]),
             metrics={name: _finite(value) for name, value in about["metrics"].items()},
             limits=schemas.Limits(
@@ -108,7 +119,8 @@ def _add_scoring_routes(api: FastAPI, service: Service, config: ServeConfig) -> 
     async def predict(body: schemas.PredictRequest, response: Response) -> schemas.PredictResponse:
         _check_ready(service, config)
         _check_limit("top_k", body.top_k, config.max_top_k)
-        scored = await service.predict(Query(body.head, body.relation, body.tail, body.top_k, body.filter_known))
+        head, tail = _entity(body.head), _entity(body.tail)
+        scored = await service.predict(Query(head, body.relation, tail, body.top_k, body.filter_known))
         _add_timing(response, scored)
         _refuse(scored.answers, [()])
         (ranking,) = scored.answers
@@ -126,6 +138,7 @@ def _add_scoring_routes(api: FastAPI, service: Service, config: ServeConfig) -> 
             missing=ranking.missing,
             predictions=[_prediction(p) for p in ranking.predictions],
             answer_set=_answer_set(ranking.answer_set),
+            members=None if ranking.members is None else list(ranking.members),
         )
 
     @api.post("/v1/score", summary="Score one triple or a list of triples", dependencies=json_only)
@@ -179,10 +192,11 @@ def _refuse(
     first = wrong[0][0]
     more = f" (and {len(wrong) - 1} more triples that cannot be scored)" if len(wrong) > 1 else ""
     errors = [
-        {"pointer": pointer(*place, error.field), "detail": error.message, "near": list(error.near)}
+        {"pointer": pointer(*place, *error.field.split(".")), "detail": error.message, "near": list(error.near)}
         for error, place in wrong
     ]
-    status = 404 if first.code.startswith("unknown-") else 422
+    # Without the encoder the service answers every other query, and this one where it has it.
+    status = 404 if first.code.startswith("unknown-") else 503 if first.code == "no-encoder" else 422
     raise Problem(status, first.code, first.message + more, errors=errors)
 
 
@@ -202,11 +216,13 @@ async def _invalid(request: Request, error: Exception) -> NoReturn:
 
 def _explain(error: Mapping[str, Any], known: Sequence[str]) -> dict[str, str]:
     """One pydantic error in words, with a pointer; the value itself is not repeated."""
-    place = [part for part in error["loc"] if part != "body"]
+    place = [part for part in error["loc"] if part not in ("body", *schemas.TAGS)]
     name = ".".join(str(part)[:100] for part in place) or "body"
     if error["type"] == "extra_forbidden":
         field = str(place[-1])[:100]
-        fields = ("head", "relation", "tail") if len(place) > 1 else known
+        of_new = len(place) == 2 and place[0] in ("head", "tail")
+        parts = tuple(schemas.NewEntityBody.model_fields) if of_new else ("head", "relation", "tail")
+        fields = parts if len(place) > 1 else known
         close = difflib.get_close_matches(field, fields, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(fields)}"
         what = f"unknown field; {hint}"
@@ -263,7 +279,14 @@ def _score(answer: ScoredTriple) -> schemas.ScoreBody:
 
 
 def _item(row: Named | None) -> schemas.Item | None:
-    return None if row is None else schemas.Item(id=row.id, name=row.name)
+    return None if row is None else schemas.Item(id=None if row.index < 0 else row.id, name=row.name)
+
+
+def _entity(given: str | schemas.NewEntityBody | None) -> str | NewEntity | None:
+    if not isinstance(given, schemas.NewEntityBody):
+        return given
+    facts = tuple(NewFact(fact.relation, fact.head, fact.tail) for fact in given.facts)
+    return NewEntity(given.name, given.description, facts)
 
 
 def _finite(value: Any) -> Any:

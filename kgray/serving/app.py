@@ -45,11 +45,12 @@ def load_predictor(uri: str) -> Predictor:
     from kgray.artifact import Artifact
     from kgray.errors import ArtifactError
     from kgray.model.bundle import Bundle
+    from kgray.serving.newcomers import predictor_of
 
     artifact = Artifact.load(uri)
     if artifact.kind != "model":
         raise ArtifactError(f"{uri} is an artifact of kind {artifact.kind!r}, not 'model'")
-    return Predictor(Bundle.load(artifact))
+    return predictor_of(artifact, Bundle.load(artifact))
 
 
 class Replica:

@@ -29,8 +29,8 @@ _LISTED = 20
 class QueryError(UserError):
     """A query that cannot be answered as it stands; ``code`` is ``unknown-entity`` and the like.
 
-    ``field`` is the part of the query that is wrong, ``value`` what it held, ``near`` external ids that the
-    user may have meant (the candidates themselves, for an ambiguous name).
+    ``field`` is the part of the query that is wrong (``head``, ``head.facts.0.tail``), ``value`` what it held,
+    ``near`` external ids that the user may have meant (the candidates themselves, for an ambiguous name).
     """
 
     def __init__(self, code: str, field: str, value: str, message: str, near: Sequence[str] = ()) -> None:
@@ -83,7 +83,7 @@ class Names:
         """The row of dense id ``index``."""
         return Named(index, self._ids[index], self._names[index])
 
-    def find(self, field: Field, value: str) -> Named:
+    def find(self, field: str, value: str) -> Named:
         """The row whose external id, else whose unique name, is ``value``; QueryError otherwise."""
         index = self._by_id.get(value)
         if index is not None:
@@ -117,7 +117,7 @@ class Names:
                 place += 1
         return found
 
-    def _ambiguous(self, field: Field, value: str, ids: list[str]) -> QueryError:
+    def _ambiguous(self, field: str, value: str, ids: list[str]) -> QueryError:
         listed = ", ".join(ids[:_LISTED]) + (f" and {len(ids) - _LISTED} more" if len(ids) > _LISTED else "")
         message = f"{field}: the name {value!r} belongs to {len(ids)} {self.kind} rows; give one id: {listed}"
         return QueryError(f"ambiguous-{self.kind}", field, value, message, ids[:_LISTED])

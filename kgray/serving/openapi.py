@@ -22,7 +22,7 @@ _ERRORS = {
     "422": "The JSON is not a request: a wrong type, an unknown field, a limit passed, an ambiguous name.",
     "429": "Too many requests wait already; see Retry-After.",
     "500": "The server failed.",
-    "503": "The model is not loaded yet; see Retry-After.",
+    "503": "The model is not loaded yet, see Retry-After; or the text of a new entity cannot be read here.",
     "504": "No answer within the time limit.",
 }
 _OF_GET = ("429", "500", "503", "504")
@@ -38,8 +38,9 @@ _HEADERS = {
 }
 
 
-def describe_api(api: FastAPI, config: ServeConfig, facts: Sequence[Triple]) -> None:
-    """Set the OpenAPI document of ``api``; ``facts`` of the served graph become its examples."""
+def describe_api(api: FastAPI, config: ServeConfig, facts: Sequence[Triple], *, new_entities: bool) -> None:
+    """Set the OpenAPI document of ``api``; ``facts`` of the served graph become its examples, one of them with an
+    entity the graph does not have where the model takes ``new_entities``."""
     document = get_openapi(
         title=api.title,
         version=api.version,
@@ -53,7 +54,7 @@ def describe_api(api: FastAPI, config: ServeConfig, facts: Sequence[Triple]) -> 
         if member.get("type") == "array":
             member["maxItems"] = config.max_triples
     if facts:
-        _add_examples(document["paths"], facts)
+        _add_examples(document["paths"], facts, new_entities=new_entities)
     # A function, because FastAPI calls it at each request of /openapi.json; the document itself is fixed.
     api.openapi = lambda: document  # type: ignore[method-assign]
 
@@ -82,11 +83,11 @@ def _add_errors(document: dict[str, Any]) -> None:
                 response["headers"] = _HEADERS
 
 
-def _add_examples(paths: dict[str, Any], facts: Sequence[Triple]) -> None:
+def _add_examples(paths: dict[str, Any], facts: Sequence[Triple], *, new_entities: bool) -> None:
     fact = facts[0]
     h, r, t = {"head": fact.head}, {"relation": fact.relation}, {"tail": fact.tail}
     options = {"top_k": 5, "filter_known": True}
-    examples = {
+    examples: dict[str, dict[str, Any]] = {
         "/v1/predict": {
             "tail": {"summary": "Which tails?", "value": {**h, **r, **options}},
             "head": {"summary": "Which heads?", "value": {**r, **t, **options}},
@@ -100,5 +101,9 @@ def _add_examples(paths: dict[str, Any], facts: Sequence[Triple]) -> None:
             },
         },
     }
+    if new_entities:
+        said = {"name": "a new entity", "description": "What is known of it.", "facts": [{**r, **t}]}
+        summary = "Which tails, of an entity that the graph does not have?"
+        examples["/v1/predict"]["new"] = {"summary": summary, "value": {"head": said, **r, **options}}
     for path, shown in examples.items():
         paths[path]["post"]["requestBody"]["content"]["application/json"]["examples"] = shown

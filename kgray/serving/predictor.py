@@ -59,12 +59,31 @@ class Bundle(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Query:
-    """Two of head, relation, tail as external id or unique name; the third, None, is what is asked for."""
+class NewFact:
+    """A fact of a new entity: the relation, and the entity at its other end as ``head`` or as ``tail``."""
 
+    relation: str
     head: str | None = None
-    relation: str | None = None
     tail: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NewEntity:
+    """An entity that the graph does not have, by what is said of it."""
+
+    name: str
+    description: str = ""
+    facts: tuple[NewFact, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """Two of head, relation, tail as external id or unique name, or a new entity; the third, None, is what is asked
+    for."""
+
+    head: str | NewEntity | None = None
+    relation: str | None = None
+    tail: str | NewEntity | None = None
     top_k: int = 10
     filter_known: bool = False
 
@@ -112,7 +131,8 @@ class AnswerSet:
 @dataclass(frozen=True, slots=True)
 class Ranking:
     """The answer to a `Query`: what was understood, and the candidates by descending score. ``answer_set``, and the
-    probabilities of the predictions, are None where the model is not calibrated."""
+    probabilities of the predictions, are None where the model is not calibrated. Of a query with a new entity, whose
+    row has the index -1, ``members`` names the members of the model that could answer."""
 
     missing: Missing
     head: Named | None
@@ -120,6 +140,13 @@ class Ranking:
     tail: Named | None
     predictions: tuple[Prediction, ...]
     answer_set: AnswerSet | None = None
+    members: tuple[str, ...] | None = None
+
+
+class NewAnswers(Protocol):
+    """Answers queries that name new entities; see :mod:`kgray.serving.newcomers`."""
+
+    def rank(self, query: Query) -> Ranking | QueryError | NonFiniteError: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +163,10 @@ class ScoredTriple:
 class Predictor:
     """Answers batches of queries from one bundle. Thread-safe: it holds nothing that a query changes."""
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, new: NewAnswers | None = None) -> None:
+        """new: what answers for entities the graph does not have; None where the model cannot."""
         self.bundle = bundle
+        self.new = new
         self.version = bundle.model_version
         self.entities = Names("entity", bundle.entity_ids, bundle.entity_names)
         self.relations = Names("relation", bundle.relation_ids, bundle.relation_names)
@@ -155,6 +184,9 @@ class Predictor:
             if query.top_k < 1:
                 raise ValueError(f"top_k must be at least 1, not {query.top_k}")
             missing = query.missing
+            if isinstance(query.head, NewEntity) or isinstance(query.tail, NewEntity):
+                answers[place] = _no_new_entities(query) if self.new is None else self.new.rank(query)
+                continue
             try:
                 parts = {
                     part: self._find(part, value)
@@ -219,14 +251,16 @@ class Predictor:
         ]
 
     def about(self) -> dict[str, Any]:
-        """``graph_version``, ``counts`` (entities, relations, known_facts) and ``metrics`` of the bundle."""
+        """``graph_version``, ``counts`` (entities, relations, known_facts) and ``metrics`` of the bundle, and whether
+        it answers for ``new_entities``."""
         counts = {
             "entities": self.bundle.num_entities,
             "relations": self.bundle.num_relations,
             "known_facts": self.bundle.known.num_triples,
         }
         metrics = dict(self.bundle.info.get("metrics") or {})
-        return {"graph_version": self.bundle.graph_version, "counts": counts, "metrics": metrics}
+        told = {"graph_version": self.bundle.graph_version, "counts": counts, "metrics": metrics}
+        return told | {"new_entities": self.new is not None}
 
     def _find(self, part: Field, value: str) -> Named:
         return (self.relations if part == "relation" else self.entities).find(part, value)
@@ -315,6 +349,12 @@ def top_k(scores: Floats, count: int, without: npt.NDArray[np.int64] | None = No
         chosen = np.arange(len(scores))
     order: npt.NDArray[np.int64] = chosen[np.argsort(-scores[chosen], kind="stable")]
     return order
+
+
+def _no_new_entities(query: Query) -> QueryError:
+    field, one = next((f, v) for f, v in (("head", query.head), ("tail", query.tail)) if isinstance(v, NewEntity))
+    message = f"{field}: this model has no member that makes an entity of text and facts; give an id or a name"
+    return QueryError("no-new-entities", field, one.name, message)
 
 
 def _indices(rows: Sequence[Named]) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 Term = Annotated[
     str,
@@ -16,12 +16,50 @@ class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
+class NewFactBody(_Body):
+    """A fact of a new entity: `relation`, and the other end as `tail` (the new entity is the head) or as `head`."""
+
+    relation: Term
+    head: Term | None = None
+    tail: Term | None = None
+
+    @model_validator(mode="after")
+    def _one_end(self) -> NewFactBody:
+        if (self.head is None) == (self.tail is None):
+            found = "none" if self.head is None else "both"
+            raise ValueError(f"give the other end of the fact, head or tail, not the new entity's own; found {found}")
+        return self
+
+
+class NewEntityBody(_Body):
+    """An entity that the graph does not have, by its text and, where any are known, its facts."""
+
+    name: Annotated[str, Field(min_length=1, max_length=1024)]
+    description: Annotated[str, Field(max_length=65536)] = ""
+    facts: Annotated[list[NewFactBody], Field(max_length=1000)] = []
+
+
+TAGS = ("<term>", "<new entity>")
+"""What pydantic calls the two forms of an entity in the places of its errors."""
+
+
+def _form(value: Any) -> str:
+    return TAGS[isinstance(value, (dict, NewEntityBody))]
+
+
+Entity = Annotated[
+    Annotated[Term, Tag(TAGS[0])] | Annotated[NewEntityBody, Tag(TAGS[1])],
+    Discriminator(_form),
+    Field(description="An id or name, or an object that describes an entity the graph does not have."),
+]
+
+
 class PredictRequest(_Body):
     """Two of `head`, `relation`, `tail`; the third, left out or null, is what is asked for."""
 
-    head: Term | None = None
+    head: Entity | None = None
     relation: Term | None = None
-    tail: Term | None = None
+    tail: Entity | None = None
     top_k: Annotated[int, Field(ge=1, description="How many answers, best first.")] = 10
     filter_known: Annotated[
         bool, Field(description="Leave out what train, valid or test hold already; otherwise it is marked.")
@@ -80,7 +118,7 @@ class ModelRef(BaseModel):
 class Item(BaseModel):
     """An entity or a relation."""
 
-    id: str
+    id: Annotated[str | None, Field(description="Null of an entity that the graph does not have.")]
     name: str
 
 
@@ -134,6 +172,13 @@ class PredictResponse(BaseModel):
     answer_set: Annotated[
         AnswerSetBody | None, Field(description="Null where the model is not calibrated.")
     ]
+    members: Annotated[
+        list[str] | None,
+        Field(
+            description="Of a query with a new entity the members of the model that could answer; nothing is "
+            "calibrated then. Null of other queries, which all members answer."
+        ),
+    ]
 
 
 class ScoreBody(BaseModel):
@@ -175,6 +220,7 @@ class ModelInfo(BaseModel):
 
     model: ModelRef
     graph_version: str
+    new_entities: Annotated[bool, Field(description="Whether predict takes entities that the graph does not have.")]
     counts: Counts
     metrics: Annotated[dict[str, Any], Field(description="As measured when the model was made.")]
     limits: Limits

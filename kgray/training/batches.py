@@ -106,7 +106,8 @@ class StepMaker(ABC, Generic[B]):
 class BatchMaker(StepMaker[Batch]):
     """Batches of the fused model.
 
-    triples: (T, 3) int64 training triples; index and known are built from the same array.
+    triples: (T, 3) int64 training triples; index and known are built from the same array. pool: (P,) int64 entities
+    that may be candidates, None for all.
     """
 
     def __init__(
@@ -120,14 +121,17 @@ class BatchMaker(StepMaker[Batch]):
         seed: int,
         rank: int = 0,
         world: int = 1,
+        pool: Int64 | None = None,
     ) -> None:
         super().__init__(triples, known, batch_size, seed, rank, world)
         self.config = model
+        self.pool = pool
         self.num_relations = num_relations
         self.num_entities = index.num_entities
         self.sampler = NeighbourSampler(index, model.gnn.fanouts) if model.gnn.kind != "none" else None
         self.one_vs_all = model.objective.kind == "one_vs_all"
-        self.negatives = min(model.objective.negatives, self.num_entities)
+        self.candidates = self.num_entities if pool is None else len(pool)
+        self.negatives = min(model.objective.negatives, self.candidates)
         self._local = np.full(self.num_entities, -1, dtype=np.int64)
         self._log_inclusion = self._inclusion(index.degrees)
 
@@ -136,7 +140,7 @@ class BatchMaker(StepMaker[Batch]):
         if self.one_vs_all:
             return None
         touched = np.minimum(degrees / max(len(self.triples), 1), 1.0)
-        absent = (1 - touched) ** self.batch_size * (1 - self.negatives / self.num_entities)
+        absent = (1 - touched) ** self.batch_size * (1 - self.negatives / self.candidates)
         return torch.from_numpy(np.log(np.maximum(1 - absent, 1e-9)).astype(np.float32))
 
     def make(self, epoch: int, step: int) -> Batch:
@@ -163,8 +167,10 @@ class BatchMaker(StepMaker[Batch]):
 
     def _candidates(self, heads: Int64, tails: Int64, generator: np.random.Generator) -> Int64:
         if self.one_vs_all:
-            return np.arange(self.num_entities)
-        negatives = generator.integers(0, self.num_entities, self.negatives)
+            return np.arange(self.num_entities) if self.pool is None else self.pool
+        negatives = generator.integers(0, self.candidates, self.negatives)
+        if self.pool is not None:
+            negatives = self.pool[negatives]
         return np.unique(np.concatenate([heads, tails, negatives]))
 
     def _known(self, heads: Int64, relations: Int64, tails: Int64) -> tuple[Int64, Int64]:

@@ -58,6 +58,7 @@ class FusedTask(Task[Batch, StateScorer]):
     ) -> FusedTask:
         index = graph.message_index()
         model = build_model(graph, vectors, config, train.seed).to(worker.device)
+        pool = graph.trained_entities()
         batches = BatchMaker(
             graph.triples["train"],
             index,
@@ -68,8 +69,9 @@ class FusedTask(Task[Batch, StateScorer]):
             train.seed,
             worker.rank,
             worker.world,
+            pool,
         )
-        return cls(model, batches, index)
+        return cls(model, batches, index if pool is None else graph.inference_index())
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         return batch_loss(self.model, batch, self.model.config.objective)

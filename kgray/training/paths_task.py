@@ -74,8 +74,10 @@ class PathsTask(Task[PathBatch, PathScorer]):
     model: PathModel
     batches: PathBatchMaker
 
-    def __init__(self, model: PathModel, batches: PathBatchMaker) -> None:
+    def __init__(self, model: PathModel, batches: PathBatchMaker, answering: PathModel | None = None) -> None:
+        """answering: the same model over the facts known when questions are asked, where those are more."""
         self.model, self.batches = model, batches
+        self.answering = answering
 
     @classmethod
     def make(
@@ -95,14 +97,20 @@ class PathsTask(Task[PathBatch, PathScorer]):
             worker.rank,
             worker.world,
         )
-        return cls(model, batches)
+        answering = None
+        if graph.trained_entities() is not None:
+            answering = PathModel(config, graph.inference_index(), graph.num_relations).to(worker.device)
+        return cls(model, batches, answering)
 
     def loss(self, batch: PathBatch) -> tuple[Tensor, dict[str, Tensor]]:
         loss = path_loss(self.model, batch)
         return loss, {}
 
     def scorer(self) -> PathScorer:
-        return PathScorer(self.model)
+        if self.answering is None:
+            return PathScorer(self.model)
+        self.answering.load_state_dict(self.model.state_dict())
+        return PathScorer(self.answering)
 
     def write(
         self,

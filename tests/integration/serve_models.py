@@ -37,6 +37,7 @@ def umls_graph() -> Graph:
     triples = {
         split: np.array([(entity[h], relation[r], entity[t]) for h, r, t in read(f"{split}.tsv")]) for split in SPLITS
     }
+    triples["support"] = np.empty((0, 3), dtype=np.int64)
 
     def column(rows: list[list[str]], place: int) -> pa.ChunkedArray:
         return pa.chunked_array([pa.array([row[place] for row in rows], pa.string())])

@@ -219,8 +219,8 @@ def test_the_true_answer_is_never_filtered_and_duplicates_count_twice() -> None:
 
 def test_validation_is_filtered_by_train_and_valid_only_and_test_by_all() -> None:
     assert filter_splits("train") == ("train",)
-    assert filter_splits("valid") == ("train", "valid")
-    assert filter_splits("test") == ("train", "valid", "test")
+    assert filter_splits("valid") == ("train", "valid", "support")
+    assert filter_splits("test") == ("train", "valid", "test", "support")
     with pytest.raises(ValueError, match="unknown split"):
         filter_splits("dev")
 
@@ -228,6 +228,7 @@ def test_validation_is_filtered_by_train_and_valid_only_and_test_by_all() -> Non
 def test_filtering_validation_by_test_would_change_its_metric() -> None:
     """The leak the rule is against: a test answer above the validation answer must count as a rival."""
     splits = {"train": np.array([[0, 0, 1]]), "valid": np.array([[0, 0, 2]]), "test": np.array([[0, 0, 3]])}
+    splits["support"] = np.empty((0, 3), dtype=np.int64)
     table = torch.zeros(N, R, N)
     table[0, 0, 1], table[0, 0, 2], table[0, 0, 3] = 3.0, 1.0, 2.0
     rank = {}

@@ -213,8 +213,8 @@ def test_negatives_are_filtered_by_training_triples_only() -> None:
 
 
 def test_filters_by_split() -> None:
-    assert set(filter_splits("valid")) == {"train", "valid"}
-    assert set(filter_splits("test")) == set(SPLITS)
+    assert set(filter_splits("valid")) == {"train", "valid", "support"}
+    assert set(filter_splits("test")) == {*SPLITS, "support"}
 
 
 # --- objectives ---------------------------------------------------------------------------------------------------

@@ -105,6 +105,7 @@ def test_predict(client: TestClient, service: LocalService) -> None:
             for p in want.predictions
         ],
         "answer_set": None,
+        "members": None,
     }
 
 
