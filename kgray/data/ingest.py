@@ -101,6 +101,7 @@ def _ingest(draft: Draft, data: DataConfig, graph: GraphConfig, sizes: Sizes) ->
         **{f"triples_{split}": int(kept[s]) for s, split in enumerate(SPLITS)},
         "quarantined": run.bad.count,
         "partitions": len(ranges),
+        **({"undirected": 1} if data.undirected else {}),
     }
 
 

@@ -110,7 +110,8 @@ class PairIndex:
             own = relations if heads else relations + self.facts.num_relations
             there = self.facts.contains(entities, own, others)
             counts[rows[there], own[there]] -= 1
-        return np.log1p(counts).astype(np.float32)
+        logs: Float32 = np.log1p(counts).astype(np.float32)
+        return logs
 
     def paths(self, heads: Int64, tails: Int64, relations: Int64 | None = None) -> Bag:
         """Kinds of paths from each head to its tail, but for the fact (head, relation, tail) itself where given."""

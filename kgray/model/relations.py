@@ -136,7 +136,8 @@ class RelationModel(nn.Module):
         found = embedding_bag(
             pairs.paths, self.bodies.weight, pairs.starts, mode="sum", sparse=True, per_sample_weights=weight
         )
-        return found + self.attention(none).exp() * self.bodies(none)
+        total: Tensor = found + self.attention(none).exp() * self.bodies(none)
+        return total
 
 
 def _meeting(head: Tensor, tail: Tensor) -> list[Tensor]:

@@ -6,7 +6,6 @@ python3 -m pytest tests/unit/test_model_relations.py
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from itertools import pairwise, permutations
 from pathlib import Path
 
@@ -124,9 +123,11 @@ def data() -> Graph:
     return composed(120)[0]
 
 
-def write(draft: Draft, done: Fit, graph: Graph) -> dict[str, int]:
+def write(draft: Draft, done: Fit, graph: Graph, facts: np.ndarray | None = None) -> dict[str, int]:
     folder = draft.local_dir()
     done.task.write(folder, done.scorer, graph, done.history, {})
+    if facts is not None:
+        np.save(folder / "facts.npy", facts)
     draft.upload_local()
     draft.drop_local()
     return {}
@@ -182,9 +183,8 @@ def test_texts_are_read_where_there_are_any(remove: str) -> None:
 def test_files_that_contradict_each_other_are_told(tmp_path: Path) -> None:
     done = fit(data(), None, SMALL, TrainConfig(epochs=1, batch_size=64))
     recipe = Recipe("model", 1, (), {"relations": "broken"})
-    graph = data()
-    broken = replace(graph, triples={**graph.triples, "train": np.array([[0, 99, 0]])})
-    artifact = Store(tmp_path).build(recipe, lambda draft: write(draft, done, broken)).artifact
+    wrong = np.array([[0, 99, 0]])
+    artifact = Store(tmp_path).build(recipe, lambda draft: write(draft, done, data(), wrong)).artifact
     with pytest.raises(ArtifactError, match="do not fit together"):
         Bundle.load(artifact)
 
