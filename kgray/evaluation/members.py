@@ -90,8 +90,8 @@ class Watch:
             optimistic, pessimistic, _, candidates = rank_scores(rows, scored.gold, scored.left_out)
             self.members[name].add(scored.side, relations, unseen, optimistic, pessimistic, candidates)
         if self.links is not None:
-            rows = {} if self.recorder is None else self.recorder.rows
-            self.links.see("model", scored, {f"member.{name}": row for name, row in rows.items()})
+            members = {} if self.recorder is None else self.recorder.rows
+            self.links.see("model", scored, {f"member.{name}": row for name, row in members.items()})
         if scored.side in self.reliability and self.bundle.calibration is not None:
             asked = None if scored.side == "relation" else relations
             out = scored.others_known()

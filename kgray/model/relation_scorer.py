@@ -64,9 +64,9 @@ class RelationScorer:
         try:
             out = torch.empty(len(heads), self.num_relations)
             for start in range(0, len(heads), _PAIRS):
-                pair = [_ids(part[start : start + _PAIRS]) for part in (heads, tails)]
-                batch = PairBatch.of(self.index, *pair, None, self.texts).to(device)
-                out[start : start + _PAIRS] = self.model(batch).log_softmax(dim=1).cpu()
+                rows = slice(start, start + _PAIRS)
+                batch = PairBatch.of(self.index, _ids(heads[rows]), _ids(tails[rows]), None, self.texts)
+                out[rows] = self.model(batch.to(device)).log_softmax(dim=1).cpu()
             return out
         finally:
             self.model.train(was_training)

@@ -1,5 +1,5 @@
-"""Graphs unlike the benchmarks, through the jobs with the default configuration: small ones with planted rules, with one
-relation, with hubs, with texts missing or in another language.
+"""Graphs unlike the benchmarks, through the jobs with the default configuration: a small one with planted rules, with
+one relation, undirected, with texts missing or in another language.
 
 python3 -m pytest tests/integration/test_odd_graphs.py -m "slow or not slow"
 """
