@@ -119,6 +119,11 @@ class DataConfig:
         "Format of the triples; auto goes by the file name (.tsv .txt .csv .jsonl .parquet .nt, plain or "
         ".gz .bz2 .zst .xz).",
     )
+    undirected: bool = option(
+        False,
+        "Whether (a, r, b) says the same as (b, r, a), as friendship does: both are then one fact, kept once, in one "
+        "split, and known whichever end is asked for.",
+    )
     header: bool = option(False, "Whether TSV and CSV triples begin with a line of column names.")
     on_bad_row: Literal["fail", "skip"] = option(
         "fail", "fail stops at the first bad row; skip sets up to max_bad_rows aside in quarantine.jsonl."

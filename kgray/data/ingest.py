@@ -103,6 +103,7 @@ def _ingest(draft: Draft, data: DataConfig, graph: GraphConfig, sizes: Sizes) ->
         **({f"triples_{SUPPORT}": run.support["triples"]} if run.support is not None else {}),
         "quarantined": run.bad.count,
         "partitions": len(ranges),
+        **({"undirected": 1} if data.undirected else {}),
     }
 
 

@@ -88,6 +88,7 @@ def reading_options(data: DataConfig) -> dict[str, Any]:
         "header": data.header,
         "on_bad_row": data.on_bad_row,
         "max_bad_rows": data.max_bad_rows if data.on_bad_row == "skip" else 0,
+        **({"undirected": True} if data.undirected else {}),
     }
 
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from kgray.evaluation.counts import SIDES, distinct_triples
+from kgray.evaluation.links import AdamicAdar, CommonNeighbours
 from kgray.evaluation.ranking import Scorer
 
 Ints = npt.NDArray[np.int64]
@@ -24,12 +25,14 @@ _PSEUDO = 5.0  # best on the validation splits of WN18RR and FB15k-237 among 1, 
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
-    """A named scorer, the tasks it answers, and what it does in one sentence."""
+    """A named scorer, the tasks it answers, and what it does in one sentence. links: whether it only makes sense where
+    links are predicted, see ``evaluate.link_negatives``."""
 
     name: str
     tasks: tuple[str, ...]
     meaning: str
     build: type[Any]
+    links: bool = False
 
     def scorer(self, train: npt.NDArray[Any], num_entities: int, num_relations: int) -> Scorer:
         """Fit it to the training triples, (n, 3) integers; duplicates count once."""
@@ -216,5 +219,15 @@ BASELINES: Mapping[str, Baseline] = {
             InverseRule,
         ),
         Baseline("marginals", ("relation",), "p(r | head) p(r | tail) / p(r) counted in training", Marginals),
+        Baseline(
+            "common_neighbours",
+            ("tail", "head"),
+            "entities that are adjacent to both in training",
+            CommonNeighbours,
+            links=True,
+        ),
+        Baseline(
+            "adamic_adar", ("tail", "head"), "the same, those with few neighbours counting more", AdamicAdar, links=True
+        ),
     )
 }

@@ -69,6 +69,11 @@ class EvaluateConfig:
     tasks: tuple[Literal["tail", "head", "relation"], ...] = option(
         ("tail", "head", "relation"), "What is asked of each triple; 'both' is the mean over tail and head."
     )
+    link_negatives: int = option(
+        0,
+        "Pairs without a link that each tail and head query is also held against, as many drawn at random as two hops "
+        "away: ROC-AUC and average precision, as for social graphs. 0: none.",
+    )
     baselines: bool = option(True, "Whether frequency, reverse-edge and marginal baselines are ranked too.")
     ranks: bool = option(True, "Whether ranks.parquet is written, one row a query.")
     ablations: bool = option(False, "Whether text-only and graph-only variants are trained and shown beside the model.")
@@ -87,3 +92,5 @@ class EvaluateConfig:
                 raise ConfigError(key, value, "null or a positive number")
         if self.score_memory_mb < 1:
             raise ConfigError("score_memory_mb", self.score_memory_mb, "a positive number of MiB")
+        if self.link_negatives < 0:
+            raise ConfigError("link_negatives", self.link_negatives, "a number of 0 or more")

@@ -45,6 +45,7 @@ def evaluate_recipe(
             "baselines": config.baselines,
             "ranks": config.ranks,
             "ablations": list(ablations or {}),
+            **({"link_negatives": config.link_negatives} if config.link_negatives else {}),
         },
     )
 
@@ -60,7 +61,8 @@ def evaluate(
 
     Returns the manifest's counts: ``test.both.realistic.filtered.full.mrr`` and so on of the model, the same
     under ``baseline.<name>.`` of each baseline and ``member.<name>.`` of each member of an ensemble, and of a
-    calibrated model ``test.both.calibration.ece`` and so on. Starts or joins Ray where the process is not
+    calibrated model ``test.both.calibration.ece`` and so on; ``test.auc.uniform`` and so on of each where links are
+    held against pairs without one. Starts or joins Ray where the process is not
     connected yet.
 
     Raises DataError when the split is empty, NonFiniteError naming the first query with such a score, and
@@ -85,6 +87,8 @@ def evaluate(
     for kind, found in (("baseline", measured.baselines), ("member", measured.members)):
         for name, one in found.items():
             counts |= {f"{kind}.{name}.{key}": value for key, value in one.metrics().items()}
+    for name, links in measured.links.items():
+        counts |= {f"{name}.{key}".removeprefix("model."): v for key, v in links.metrics(config.split).items()}
     return counts
 
 

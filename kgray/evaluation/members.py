@@ -3,12 +3,14 @@ rows that were mixed; and its probabilities and answer sets, where it is calibra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from kgray.evaluation.counts import Counts, Strata
+from kgray.evaluation.links import LinkScores, draw_negatives
 from kgray.evaluation.ranking import Scored, Scorer, rank_scores
 from kgray.evaluation.reliability import Reliability
 from kgray.model.bundle import Bundle
@@ -38,6 +40,23 @@ class _Recorder:
 
 
 @dataclass(slots=True)
+class LinkWatch:
+    """Scores of links and of pairs without one, by whose they are. near: (N, N) sparse adjacency of training."""
+
+    near: Any
+    count: int
+    scores: dict[str, LinkScores] = field(default_factory=dict)
+
+    def see(self, name: str, scored: Scored, rows: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Take note of one batch of ``name``, and of ``rows`` of others, by their names, to the same queries."""
+        if scored.side == "relation":
+            return
+        negatives = draw_negatives(scored, self.near, self.count)
+        for whose, scores in {name: scored.scores, **(rows or {})}.items():
+            self.scores.setdefault(whose, LinkScores()).see(scored, negatives, scores)
+
+
+@dataclass(slots=True)
 class Watch:
     """Watches one shard. scorer: what to rank, ``see`` being its ``on_scores``."""
 
@@ -47,12 +66,15 @@ class Watch:
     recorder: _Recorder | None
     members: dict[str, Counts] = field(default_factory=dict)
     reliability: dict[str, Reliability] = field(default_factory=dict)
+    links: LinkWatch | None = None
 
     @classmethod
-    def of(cls, bundle: Bundle, split: str, strata: Strata, tasks: Sequence[str]) -> Watch:
+    def of(
+        cls, bundle: Bundle, split: str, strata: Strata, tasks: Sequence[str], links: LinkWatch | None = None
+    ) -> Watch:
         """Of a model about to be ranked on ``tasks`` of ``split``."""
         recorder = _Recorder(bundle.scorer) if isinstance(bundle.scorer, EnsembleScorer) else None
-        watch = cls(bundle, bundle if recorder is None else recorder, strata, recorder)
+        watch = cls(bundle, bundle if recorder is None else recorder, strata, recorder, links=links)
         if isinstance(bundle.scorer, EnsembleScorer):
             for name in bundle.scorer.members:
                 watch.members[name] = Counts(split, True, bundle.num_relations, strata.cardinality)
@@ -67,6 +89,9 @@ class Watch:
         for name, rows in ({} if self.recorder is None else self.recorder.rows).items():
             optimistic, pessimistic, _, candidates = rank_scores(rows, scored.gold, scored.left_out)
             self.members[name].add(scored.side, relations, unseen, optimistic, pessimistic, candidates)
+        if self.links is not None:
+            members = {} if self.recorder is None else self.recorder.rows
+            self.links.see("model", scored, {f"member.{name}": row for name, row in members.items()})
         if scored.side in self.reliability and self.bundle.calibration is not None:
             asked = None if scored.side == "relation" else relations
             out = scored.others_known()

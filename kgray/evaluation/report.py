@@ -16,6 +16,7 @@ from kgray.evaluation.shards import RANK_EDGES, Measured
 
 METRICS = ("mrr", "hits@1", "hits@3", "hits@10", "mr", "amri", "ties", "count")
 CALIBRATED = ("ece", "brier", "coverage", "set_size_mean", "set_size_median", "set_empty")
+LINKS = ("auc.uniform", "ap.uniform", "auc.hard", "ap.hard")
 _TERMINAL = ("mrr", "hits@1", "hits@3", "hits@10")
 _MOST_ROWS = 2000
 
@@ -36,6 +37,7 @@ def report_of(
     counts = measured.model
     info = model.read_json("config.json") if "config.json" in model.files() else {}
     versions = {member["name"]: member["version"] for member in info.get("members", ())}
+    links = {name: scores.metrics(config.split) for name, scores in measured.links.items()}
     relations = graph.read_table("relations.parquet", columns=["external_id"])["external_id"].to_pylist()
     return {
         "format": 2,
@@ -46,19 +48,23 @@ def report_of(
         "graph": graph.source.to_dict(),
         "dataset": graph.counts,
         "seconds": round(seconds, 3),
-        "metrics": counts.metrics(KINDS) | metrics_of(measured.reliability, config.split),
+        "metrics": counts.metrics(KINDS) | metrics_of(measured.reliability, config.split) | links.get("model", {}),
         "slices": counts.slices(relations),
         "baselines": {
-            name: {"meaning": BASELINES[name].meaning, "metrics": baseline.metrics()}
+            name: {
+                "meaning": BASELINES[name].meaning,
+                "metrics": baseline.metrics() | links.get(f"baseline.{name}", {}),
+            }
             for name, baseline in measured.baselines.items()
         },
         "members": {
-            name: {"version": versions.get(name, ""), "metrics": member.metrics()}
+            name: {"version": versions.get(name, ""), "metrics": member.metrics() | links.get(f"member.{name}", {})}
             for name, member in measured.members.items()
         },
         "gate": info.get("gate", {}).get("chosen", {}),
         "reliability": {task: one.bins() for task, one in measured.reliability.items()},
         "alpha": info.get("alpha"),
+        "link_negatives": config.link_negatives,
         "ablations": {
             name: {"version": report.version, "metrics": report.read_json("metrics.json")["metrics"]}
             for name, report in ablations.items()
@@ -115,6 +121,7 @@ def render_html(report: Mapping[str, Any], plots: Mapping[str, str]) -> str:
         kinds=KINDS,
         metrics=METRICS,
         calibrated=CALIBRATED,
+        links=LINKS,
         main="both" if "both" in sides else sides[0],
         rows=_comparison(report),
         most=_MOST_ROWS,

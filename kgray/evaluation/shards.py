@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -18,7 +19,8 @@ from kgray.errors import ArtifactError, DataError
 from kgray.evaluation.baselines import BASELINES
 from kgray.evaluation.config import EvaluateConfig
 from kgray.evaluation.counts import Counts, Strata
-from kgray.evaluation.members import Watch
+from kgray.evaluation.links import LinkScores, adjacency
+from kgray.evaluation.members import LinkWatch, Watch
 from kgray.evaluation.ranking import Ranks, Scorer, filter_splits, rank_triples
 from kgray.evaluation.reliability import Reliability, merge
 from kgray.graph.filter_index import FilterIndex
@@ -62,18 +64,21 @@ class Piece:
 class Prepared:
     """What all shards need of the graph. Its arrays are shared by all workers of a node through Ray.
 
-    ``known``: :meth:`FilterIndex.to_arrays` of the splits that filter; ``baselines``: fitted scorers by name.
+    ``known``: :meth:`FilterIndex.to_arrays` of the splits that filter; ``baselines``: fitted scorers by name;
+    ``near``: (N, N) sparse adjacency where links are held against pairs without one, else None.
     """
 
     known: Mapping[str, npt.NDArray[Any]]
     strata: Strata
     baselines: Mapping[str, Scorer]
+    near: Any = None
 
 
 @dataclass(slots=True)
 class Measured:
     """Results of a shard or of many: counts of the model, of each baseline and of each member where the model is an
-    ensemble, histogram of the model's ranks, by task how its probabilities did where it has some.
+    ensemble, histogram of the model's ranks, by task how its probabilities did where it has some; scores of links of
+    "model", "member.<name>", "baseline.<name>" where they were asked for.
 
     ``histogram[side]`` (len(RANK_EDGES),) int64: queries by realistic rank, rounded down.
     """
@@ -83,6 +88,7 @@ class Measured:
     histogram: dict[str, npt.NDArray[np.int64]] = field(default_factory=dict)
     members: dict[str, Counts] = field(default_factory=dict)
     reliability: dict[str, Reliability] = field(default_factory=dict)
+    links: dict[str, LinkScores] = field(default_factory=dict)
 
     def __add__(self, other: Measured) -> Measured:
         """Both together; see :meth:`Counts.__add__`."""
@@ -94,6 +100,7 @@ class Measured:
             {side: self.histogram.get(side, none) + other.histogram.get(side, none) for side in sides},
             {name: counts + other.members[name] for name, counts in self.members.items()},
             merge(self.reliability, other.reliability),
+            {name: links + other.links[name] for name, links in self.links.items()},
         )
 
 
@@ -162,11 +169,15 @@ def prepare(graph: Artifact, config: EvaluateConfig) -> Prepared:
     loaded = Graph.load(graph)
     size = (loaded.num_entities, loaded.num_relations)
     train = loaded.triples["train"]
-    chosen = [b for b in BASELINES.values() if config.baselines and set(b.tasks) & set(config.tasks)]
+    links = config.link_negatives > 0
+    chosen = [
+        b for b in BASELINES.values() if config.baselines and set(b.tasks) & set(config.tasks) and b.links <= links
+    ]
     return Prepared(
         known=loaded.known(filter_splits(config.split)).to_arrays(),
         strata=Strata.of(train, *size),
         baselines={baseline.name: baseline.scorer(train, *size) for baseline in chosen},
+        near=adjacency(train, size[0]) if links else None,
     )
 
 
@@ -195,13 +206,17 @@ def measure(
         "batch_size": config.batch_size,
         "score_budget": config.score_memory_mb << 18,  # four bytes a score
     }
+    links = None if prepared.near is None else LinkWatch(prepared.near, config.link_negatives)
     baselines = {}
     for name, scorer in prepared.baselines.items():
         tasks = [task for task in config.tasks if task in BASELINES[name].tasks]
-        baselines[name] = rank_triples(scorer, read_triples(graph, pieces), known, tasks=tasks, **common)
+        see = None if links is None else partial(links.see, f"baseline.{name}")
+        baselines[name] = rank_triples(
+            scorer, read_triples(graph, pieces), known, tasks=tasks, on_scores=see, **common
+        )
     asked = tasks_of(config, bundle)
     histogram = {str(task): np.zeros(len(RANK_EDGES), dtype=np.int64) for task in asked}
-    watch = Watch.of(bundle, config.split, prepared.strata, asked)
+    watch = Watch.of(bundle, config.split, prepared.strata, asked, links)
     with ExitStack() as stack:
         writer: _RankWriter | None = None
         if config.ranks:
@@ -222,7 +237,8 @@ def measure(
         )
         if writer is not None:
             writer.flush()
-    return Measured(counts, baselines, histogram, watch.members, watch.reliability)
+    scores = {} if links is None else links.scores
+    return Measured(counts, baselines, histogram, watch.members, watch.reliability, scores)
 
 
 def tasks_of(config: EvaluateConfig, bundle: Bundle) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ class Graph:
     """Triples by split and the names of what they are about.
 
     triples: for each split, support too, (n, 3) int64 of head, relation, tail.
+    undirected: whether a fact holds both ways round; it stands here once, either way.
     entity_ids, entity_names: pyarrow string arrays of N entries in dense-id order; relations alike.
     """
 
@@ -34,6 +35,7 @@ class Graph:
     relation_ids: pa.ChunkedArray = field(repr=False)
     relation_names: pa.ChunkedArray = field(repr=False)
     version: str = ""
+    undirected: bool = False
 
     @classmethod
     def load(cls, artifact: Artifact) -> Graph:
@@ -61,6 +63,7 @@ class Graph:
             relation_ids=relations["external_id"],
             relation_names=relations["name"],
             version=artifact.version,
+            undirected=bool(artifact.counts.get("undirected", 0)),
         )
 
     @classmethod
@@ -112,6 +115,8 @@ class Graph:
         return np.unique(np.concatenate([train[:, 0], train[:, 2]]))
 
     def known(self, splits: Sequence[str]) -> FilterIndex:
-        """The facts of the given splits, for filtering ranks or negatives."""
+        """The facts of the given splits, for filtering ranks or negatives; those of an undirected graph both ways."""
         rows = np.concatenate([self.triples[s] for s in splits])
+        if self.undirected:
+            rows = np.concatenate([rows, rows[:, ::-1]])
         return FilterIndex.build(rows, self.num_entities, self.num_relations)

@@ -77,6 +77,8 @@ def overlap(
     weights are ``left``'s.
     """
     size = np.int64(len(left.weights))
+    # An anchor asked for many times is read once: it may be a hub of millions.
+    anchors, row = np.unique(anchors, return_inverse=True)
     places, at = left.expand(anchors)
     keys = places * size + left.items[at]  # ascending: places ascend, items ascend within a bag
     counts = left.values[at] * left.weights[left.items[at]]
@@ -85,7 +87,7 @@ def overlap(
     out = np.zeros(len(flat), dtype=np.float32)
     if not len(keys) or not len(cells):
         return out.reshape(candidates.shape)
-    wanted = cells // candidates.shape[1] * size + right.items[there]
+    wanted = row[cells // candidates.shape[1]] * size + right.items[there]
     found = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
     hit = keys[found] == wanted
     value = counts[found[hit]] * right.values[there[hit]]

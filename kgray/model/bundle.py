@@ -50,6 +50,7 @@ FAMILIES: Mapping[str, str] = {
     "ensemble": "kgray.model.ensemble:load_ensemble",
     "rules": "kgray.reasoning.artifact:load_rules",
     "paths": "kgray.model.path_scorer:load_paths",
+    "relations": "kgray.model.relation_scorer:load_relations",
 }
 """Where each family of model is opened: ``module:function``, called with the artifact and its config.json. Named, not
 imported, so that a family costs nothing where it is not used."""

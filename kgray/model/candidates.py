@@ -152,18 +152,18 @@ def thin(triples: npt.NDArray[np.int64], share: float, seed: int) -> npt.NDArray
     """About that share of (n, 3) triples, the same ones however the triples are cut into shards."""
     if share >= 1:
         return triples
-    state = _mix(np.full(len(triples), seed, dtype=np.uint64), *triples.T)
+    state = mix(np.full(len(triples), seed, dtype=np.uint64), *triples.T)
     return triples[state < np.uint64(int(share * 2**63) * 2)]
 
 
 def _sample(triples: npt.NDArray[np.int64], side: int, width: int, count: int, seed: int) -> Tensor:
     """(B, count) int64 ids below ``width``, uniform, decided by the query and the seed alone."""
-    of_query = _mix(np.full(len(triples), seed, dtype=np.uint64), *triples.T, np.full(len(triples), side))
-    drawn = [_mix(of_query, np.full(len(triples), number)) % np.uint64(width) for number in range(count)]
+    of_query = mix(np.full(len(triples), seed, dtype=np.uint64), *triples.T, np.full(len(triples), side))
+    drawn = [mix(of_query, np.full(len(triples), number)) % np.uint64(width) for number in range(count)]
     return torch.from_numpy(np.stack(drawn, axis=1).astype(np.int64))
 
 
-def _mix(state: npt.NDArray[np.uint64], *columns: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+def mix(state: npt.NDArray[np.uint64], *columns: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
     """(n,) numbers that every bit of every column moves in every bit: splitmix64 (Steele et al. 2014)."""
     for column in columns:
         state = (state ^ column.astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)

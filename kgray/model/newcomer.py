@@ -108,7 +108,7 @@ class FusedNewcomers:
 
     def _over(self, heads: Tensor, tails: Tensor) -> StateScorer:
         """The model's own way to score, over other states."""
-        return StateScorer(heads, tails, self.scorer.relations, self.model.config.decoder)
+        return StateScorer(heads, tails, self.scorer.relations, self.scorer.decoders)
 
     def _blocks(self, facts: Int64) -> list[Block]:
         """The neighbourhood of the new entity, outermost hop first, drawn as :func:`encode_all` draws."""

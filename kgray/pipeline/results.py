@@ -76,8 +76,21 @@ def table(work: Work) -> str:
             for name, row in measured.items():
                 lines.append(f"  {name:<38}" + "".join(_cell(row, f"{protocol}.{c}") for c in _COLUMNS))
             blocks.append("\n".join(lines))
+    blocks.append(_links(rows, work.settings.evaluate.split))
     blocks.append(_confidence(model, work.settings.evaluate.split))
     return "\n\n".join(block for block in blocks if block)
+
+
+def _links(rows: Mapping[str, Mapping[str, float]], split: str) -> str:
+    """Links against pairs without one, a row each; empty where that was not asked for."""
+    measured = {name: row for name, row in rows.items() if f"{split}.auc.uniform" in row}
+    if not measured:
+        return ""
+    columns = ("auc.uniform", "ap.uniform", "auc.hard", "ap.hard")
+    lines = [f"{split + ', links':<40}" + "".join(f"{column:>12}" for column in columns)]
+    for name, row in measured.items():
+        lines.append(f"  {name:<38}" + "".join(f"  {_cell(row, f'{split}.{c}')}" for c in columns))
+    return "\n".join(lines)
 
 
 def _beside(kind: str, metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:

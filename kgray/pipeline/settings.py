@@ -13,6 +13,7 @@ from kgray.evaluation.config import EnsembleConfig, EvaluateConfig
 from kgray.lineage.config import LineageConfig
 from kgray.model.config import Ablation, ModelConfig, ablation
 from kgray.model.paths_config import PathsConfig
+from kgray.model.relations_config import RelationsConfig
 from kgray.reasoning.config import RulesConfig
 from kgray.runtime import RayConfig
 from kgray.serving.config import ServeConfig
@@ -51,8 +52,16 @@ class ModelMember:
     train: TrainConfig | None = option(None, "How it is trained; null: as the main model.")
 
 
-RESERVED = ("fused", "text_only", "graph_only", "paths", "rules")
+RESERVED = ("fused", "text_only", "graph_only", "paths", "relations", "rules")
 """Names members have by themselves."""
+
+
+@configuration
+class RelationsMember:
+    """A relation classifier mixed into the answers to (head, ?, tail)."""
+
+    model: RelationsConfig = option(RelationsConfig, "The classifier.")
+    train: TrainConfig = option(TrainConfig, "How it is trained; validated by the MRR of relations.")
 
 
 @configuration
@@ -67,6 +76,11 @@ class MembersConfig:
     rules: RulesConfig | None = option(RulesConfig, "Rules mined from training facts; null: none.")
     paths: PathsMember | None = option(
         None, "A path model: messages from the entity a query names along every path at once; null: none."
+    )
+    relations: RelationsMember | None = option(
+        None,
+        "A classifier of the relation of a pair, by the relations around its ends and the paths between them; it has a "
+        "say in relation queries alone; null: none.",
     )
 
     def __post_init__(self) -> None:
@@ -108,7 +122,10 @@ class Settings:
         if self.text is None:
             object.__setattr__(self, "model", _without_text(self.model))
             models = {k: replace(m, model=_without_text(m.model)) for k, m in self.members.models.items()}
-            object.__setattr__(self, "members", replace(self.members, models=models))
+            relations = self.members.relations
+            if relations is not None:
+                relations = replace(relations, model=replace(relations.model, text=False))
+            object.__setattr__(self, "members", replace(self.members, models=models, relations=relations))
 
 
 def _without_text(model: ModelConfig) -> ModelConfig:

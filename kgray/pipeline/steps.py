@@ -20,6 +20,7 @@ from kgray.errors import ConfigError
 from kgray.lineage.registry import register
 from kgray.lineage.tracking import Run, numeric
 from kgray.model.config import Ablation, ModelConfig, ablation
+from kgray.model.relations_config import RelationsConfig
 from kgray.pipeline.plan import Step, Work
 from kgray.pipeline.settings import Settings
 from kgray.reasoning.config import RulesConfig
@@ -55,6 +56,9 @@ def steps_of(settings: Settings) -> list[Step]:
         steps.append(_train_step(member.model, member.train or settings.train, f" {name}"))
     if settings.members.paths is not None:
         steps.append(_train_step(settings.members.paths.model, settings.members.paths.train, " paths"))
+    if settings.members.relations is not None:
+        relations = settings.members.relations
+        steps.append(_train_step(relations.model, relations.train, " relations"))
     if settings.members.rules is not None:
         recipe, make = partial(_mine_recipe, rules=settings.members.rules), partial(_mine, rules=settings.members.rules)
         steps.append(Step("mine", ("ingest",), recipe, make, ("members",)))
@@ -80,6 +84,8 @@ def members_of(settings: Settings) -> dict[str, str]:
     found |= {name: f"train {name}" for name in settings.members.models}
     if settings.members.paths is not None:
         found["paths"] = "train paths"
+    if settings.members.relations is not None:
+        found["relations"] = "train relations"
     return found if settings.members.rules is None else found | {"rules": "mine"}
 
 
@@ -172,6 +178,8 @@ def _embed(work: Work, draft: Draft, run: Run, text: TextConfig) -> Mapping[str,
 
 
 def _reads_text(model: TrainableConfig) -> bool:
+    if isinstance(model, RelationsConfig):
+        return model.text
     return isinstance(model, ModelConfig) and model.text.kind != "none"
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import queue
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kgray.graph.filter_index import FilterIndex
 from kgray.graph.neighbours import Int64, NeighbourIndex
@@ -21,6 +22,7 @@ from kgray.graph.sampler import NeighbourSampler, step_generator
 from kgray.model.config import ModelConfig
 from kgray.model.fused import Neighbourhood
 from kgray.model.objectives import Batch
+from kgray.reasoning.facts import spread
 
 B = TypeVar("B")
 
@@ -59,11 +61,16 @@ class StepMaker(ABC, Generic[B]):
         # A last step with fewer triples than workers: an empty batch would have no loss, so one is seen twice.
         return share if len(share) else together[:1]
 
-    def other_answers(self, heads: Int64, relations: Int64, tails: Int64) -> tuple[Int64, Int64]:
+    def other_answers(
+        self, heads: Int64, relations: Int64, tails: Int64, among: NDArray[np.bool_] | None = None
+    ) -> tuple[Int64, Int64]:
         """Training answers other than the gold one to b triples' tail queries (rows from 0) and head queries (rows
-        from b): query rows and entities."""
-        rows_t, entities_t = self.known.tails(heads, relations)
-        rows_h, entities_h = self.known.heads(relations, tails)
+        from b): query rows and entities. among: (N,) bool, the only entities wanted; None wants all.
+
+        What several triples ask is looked up once: half a batch may ask for the neighbours of one hub of millions.
+        """
+        rows_t, entities_t = _once(self.known.tails, heads, relations, among)
+        rows_h, entities_h = _once(self.known.heads, relations, tails, among)
         other_t, other_h = entities_t != tails[rows_t], entities_h != heads[rows_h]
         rows = np.concatenate([rows_t[other_t], rows_h[other_h] + len(heads)])
         return rows, np.concatenate([entities_t[other_t], entities_h[other_h]])
@@ -175,7 +182,21 @@ class BatchMaker(StepMaker[Batch]):
 
     def _known(self, heads: Int64, relations: Int64, tails: Int64) -> tuple[Int64, Int64]:
         """Query rows and candidate columns of training answers other than the gold one."""
-        rows, entities = self.other_answers(heads, relations, tails)
-        columns = self._local[entities]
-        inside = columns >= 0
-        return rows[inside], columns[inside]
+        rows, entities = self.other_answers(heads, relations, tails, among=self._local >= 0)
+        return rows, self._local[entities]
+
+
+def _once(
+    lookup: Callable[[Int64, Int64], tuple[Int64, Int64]], first: Int64, second: Int64, among: NDArray[np.bool_] | None
+) -> tuple[Int64, Int64]:
+    """``lookup(first, second)``, but for the answers not ``among`` those wanted."""
+    asked, which = np.unique(np.stack([first, second], axis=1), axis=0, return_inverse=True)
+    rows, answers = lookup(*np.ascontiguousarray(asked.T))
+    if among is not None:
+        wanted = among[answers]
+        rows, answers = rows[wanted], answers[wanted]
+    lengths = np.bincount(rows, minlength=len(asked))
+    starts = np.cumsum(lengths) - lengths
+    which = which.reshape(-1)
+    again, place = spread(starts[which], lengths[which])
+    return again, answers[place]

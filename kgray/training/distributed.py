@@ -176,11 +176,9 @@ def _inputs(job: Job) -> tuple[Any, Any]:
 
 
 def _write(job: Job, graph: Any, done: Any) -> dict[str, Any]:
-    from kgray.training.loop import METRIC
-
     info = {
         **job.info,
-        "metrics": {METRIC: done.best},
+        "metrics": {done.metric: done.best},
         "best_epoch": done.best_epoch,
         "epochs": len(done.history),
     }
@@ -193,7 +191,7 @@ def _write(job: Job, graph: Any, done: Any) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in done.model.parameters()),
         "epochs": len(done.history),
         "best_epoch": done.best_epoch,
-        METRIC: done.best,
+        done.metric: done.best,
     }
 
 

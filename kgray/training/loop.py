@@ -37,6 +37,7 @@ from kgray.training.task import Task, make_task
 from kgray.training.worker import Worker
 
 METRIC = "valid.both.realistic.filtered.full.mrr"
+"""What chooses the best epoch of a model of entities; of a task that validates by relations, ``valid.relation...``."""
 CHECK_STEPS = 20
 LOG_SECONDS = 15.0
 
@@ -50,6 +51,7 @@ class Fit:
     history: Sequence[Mapping[str, float]]
     best_epoch: int
     best: float
+    metric: str = METRIC
 
     @property
     def model(self) -> nn.Module:
@@ -75,6 +77,8 @@ class Trainer:
         self.entity_inputs = self.task.entity_inputs()
         if train.adversarial and not self.entity_inputs:
             raise ConfigError("train.adversarial", train.adversarial, "0, as this model has no vectors of entities")
+        self.side = "both" if "tail" in self.task.validated else "relation"
+        self.metric = METRIC.replace("both", self.side)
         updates = -(-self.batches.steps // train.accumulate)
         self.optimisers = Optimisers(self.model, train.optimiser, updates * train.epochs)
         self.autocast = autocast_dtype(train.precision, worker.device)
@@ -201,8 +205,8 @@ class Trainer:
     def _validate(self) -> dict[str, float]:
         at = self.position
         metrics = self._rank(self.task.scorer())
-        if metrics[METRIC] > at.best:
-            at.best, at.best_epoch, at.stale = metrics[METRIC], at.epoch, 0
+        if metrics[self.metric] > at.best:
+            at.best, at.best_epoch, at.stale = metrics[self.metric], at.epoch, 0
             at.best_weights = {k: v.detach().cpu().clone() for k, v in self.model.state_dict().items()}
         else:
             at.stale += 1
@@ -210,14 +214,15 @@ class Trainer:
 
     def _rank(self, scorer: Scorer) -> dict[str, float]:
         """Validation metrics over all workers' shares."""
-        counts = rank_triples(scorer, self.valid, self.known, split="valid", tasks=("tail", "head"))
+        counts = rank_triples(scorer, self.valid, self.known, split="valid", tasks=self.task.validated)
         whole = merge(self.worker.gather(counts))
-        return {k: float(v) for k, v in whole.metrics().items() if ".both." in k}
+        return {k: float(v) for k, v in whole.metrics().items() if f".{self.side}." in k}
 
     def _tell(self, row: Mapping[str, float], seconds: float) -> None:
         at = self.position
         left = (self.config.epochs - at.epoch) * seconds
-        mrr = f", {METRIC} {row[METRIC]:.4f} (best {at.best:.4f} of epoch {at.best_epoch})" if METRIC in row else ""
+        name = self.metric
+        mrr = f", {name} {row[name]:.4f} (best {at.best:.4f} of epoch {at.best_epoch})" if name in row else ""
         self.worker.say(
             "epoch %d of %d: loss %.4f%s; %.0f s, at most %.0f s left",
             at.epoch, self.config.epochs, row["train.loss"], mrr, seconds, left,
@@ -243,12 +248,12 @@ class Trainer:
             why,
             at.epoch,
             at.best_epoch,
-            METRIC,
+            self.metric,
             at.best,
         )
         self.model.eval()
-        scorer, best = self.task.finish(lambda scorer: self._rank(scorer)[METRIC], at.best, self.worker.say)
-        return Fit(self.task, scorer, at.history, at.best_epoch, best)
+        scorer, best = self.task.finish(lambda scorer: self._rank(scorer)[self.metric], at.best, self.worker.say)
+        return Fit(self.task, scorer, at.history, at.best_epoch, best, self.metric)
 
 
 _NOT_IDENTITY = ("workers", "device", "cpus_per_worker", "max_failures", "checkpoint_steps")

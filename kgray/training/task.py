@@ -6,7 +6,7 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,9 +34,10 @@ class Task(ABC, Generic[B, S]):
     """One model to train: how it is made, fed, asked, and written.
 
     model: with seeded initial weights, on the worker's device. batches: its steps. Making a task may draw from torch's
-    generator only after seeding it with ``train.seed``.
+    generator only after seeding it with ``train.seed``. validated: the queries by whose MRR the best epoch is chosen.
     """
 
+    validated: ClassVar[tuple[str, ...]] = ("tail", "head")
     model: nn.Module
     batches: StepMaker[B]
 

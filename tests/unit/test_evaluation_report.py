@@ -58,6 +58,16 @@ def report_with(counts: Counts, names: list[str], **other: Any) -> dict[str, Any
     }
 
 
+def test_links_have_a_table_where_they_were_held_against_pairs_without_one() -> None:
+    counts = counts_of(3)
+    report = report_with(counts, ["a", "b", "c"])
+    assert "Links against" not in render_html(report, {})
+    figures = {"test.auc.uniform": 0.9123, "test.ap.uniform": 0.8, "test.auc.hard": 0.7123, "test.ap.hard": 0.6}
+    page = render_html({**report, "metrics": report["metrics"] | figures, "link_negatives": 5}, {})
+    table = page.split("Links against")[1].split("</table>")[0]
+    assert "auc hard" in table and "0.9123" in table and "0.7123" in table and "fused" not in table
+
+
 def test_the_page_is_self_contained_escaped_and_shows_every_slice() -> None:
     names = [NASTY, "is_a", "part_of"]
     report = report_with(counts_of(3), names)

@@ -144,8 +144,11 @@ def test_storage_follows_the_environment_and_lies_outside_the_checkout_by_defaul
         ("deploy", ["members.rules=null"], ["ingest", "embed", "train", "ensemble"]),
         (
             "deploy",
-            ["members.variants=[text_only]", "members.seeds=[4]", "members.paths={}"],
-            ["ingest", "embed", "train", "train text_only", "train seed 4", "train paths", "mine", "ensemble"],
+            ["members.variants=[text_only]", "members.seeds=[4]", "members.paths={}", "members.relations={}"],
+            [
+                *("ingest", "embed", "train", "train text_only", "train seed 4", "train paths", "train relations"),
+                *("mine", "ensemble"),
+            ],
         ),
         (
             "deploy",
