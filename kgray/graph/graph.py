@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +14,8 @@ from kgray.graph.filter_index import FilterIndex
 from kgray.graph.neighbours import Int64, NeighbourIndex
 
 SPLITS = ("train", "valid", "test")
+PSEUDO = "pseudo"
+"""Triples a model is asked for in training besides the training triples; nobody knows whether they are facts."""
 SUPPORT = "support"
 """Facts of entities held out of training that are known when they are asked about; few graphs have any."""
 
@@ -48,7 +50,7 @@ class Graph:
         for what, table in (("entities", entities), ("relations", relations)):
             if not np.array_equal(table["id"].to_numpy(), np.arange(len(table))):
                 raise ArtifactError(f"{artifact.uri}: the ids of {what} are not 0..{len(table) - 1} in order")
-        triples = {SUPPORT: np.empty((0, 3), dtype=np.int64)}
+        triples = {split: np.empty((0, 3), dtype=np.int64) for split in (SUPPORT, PSEUDO)}
         for split in (*SPLITS, SUPPORT) if f"triples_{SUPPORT}" in artifact.counts else SPLITS:
             table = artifact.read_table(f"triples/{split}", columns=["head", "relation", "tail"])
             triples[split] = np.stack(
@@ -78,7 +80,7 @@ class Graph:
         """A graph from (n, 3) arrays by split; missing splits are empty, missing names are the ids."""
         entities = pa.chunked_array([pa.array([f"e{i}" for i in range(num_entities)], pa.string())])
         relations = pa.chunked_array([pa.array([f"r{i}" for i in range(num_relations)], pa.string())])
-        full = {s: np.asarray(triples.get(s, ()), dtype=np.int64).reshape(-1, 3) for s in (*SPLITS, SUPPORT)}
+        full = {s: np.asarray(triples.get(s, ()), dtype=np.int64).reshape(-1, 3) for s in (*SPLITS, SUPPORT, PSEUDO)}
         return cls(
             num_entities=num_entities,
             num_relations=num_relations,
@@ -92,6 +94,18 @@ class Graph:
     def message_index(self) -> NeighbourIndex:
         """The edges messages run over in training: training triples, and never any other split."""
         return NeighbourIndex.build(self.triples["train"], self.num_entities, self.num_relations)
+
+    @property
+    def targets(self) -> Int64:
+        """(n, 3) int64: what training asks for: the training triples, then pseudo-labels where there are any.
+
+        Messages, filters and rules know the training triples only.
+        """
+        return np.concatenate([self.triples["train"], self.triples[PSEUDO]])
+
+    def with_pseudo(self, triples: Int64) -> Graph:
+        """The same graph with these (n, 3) int64 pseudo-labels."""
+        return replace(self, triples={**self.triples, PSEUDO: triples})
 
     @property
     def context(self) -> Int64:

@@ -18,7 +18,7 @@ from kgray.reasoning.config import RulesConfig
 from kgray.runtime import RayConfig
 from kgray.serving.config import ServeConfig
 from kgray.text.config import TextConfig
-from kgray.training.config import TrainConfig
+from kgray.training.config import PseudoConfig, TrainConfig
 
 
 @configuration
@@ -52,7 +52,7 @@ class ModelMember:
     train: TrainConfig | None = option(None, "How it is trained; null: as the main model.")
 
 
-RESERVED = ("fused", "text_only", "graph_only", "paths", "relations", "rules")
+RESERVED = ("fused", "text_only", "graph_only", "pseudo", "paths", "relations", "rules")
 """Names members have by themselves."""
 
 
@@ -73,6 +73,11 @@ class MembersConfig:
     )
     seeds: tuple[int, ...] = option((), "Seeds of further trainings of the same model (bagging).")
     models: dict[str, ModelMember] = option({}, "Further models, by a name of your own.")
+    pseudo: PseudoConfig | None = option(
+        None,
+        "The main model once more, on its own surest predictions besides the training triples (semi-supervised); "
+        "null: none.",
+    )
     rules: RulesConfig | None = option(RulesConfig, "Rules mined from training facts; null: none.")
     paths: PathsMember | None = option(
         None, "A path model: messages from the entity a query names along every path at once; null: none."

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kgray.artifact import Artifact, Draft, Recipe
 from kgray.errors import ConfigError
@@ -25,8 +25,11 @@ from kgray.pipeline.plan import Step, Work
 from kgray.pipeline.settings import Settings
 from kgray.reasoning.config import RulesConfig
 from kgray.text.config import TextConfig
-from kgray.training.config import TrainConfig
+from kgray.training.config import PseudoConfig, TrainConfig
 from kgray.training.families import TrainableConfig
+
+if TYPE_CHECKING:
+    from kgray.training.distributed import Lesson
 
 ABLATIONS: tuple[Ablation, ...] = ("text_only", "graph_only")
 """Variants trained and measured beside the model when ``evaluate.ablations`` is on."""
@@ -52,6 +55,8 @@ def steps_of(settings: Settings) -> list[Step]:
     steps.append(_train_step(settings.model, settings.train, ""))
     for seed in settings.members.seeds:
         steps.append(_train_step(settings.model, replace(settings.train, seed=seed), f" seed {seed}"))
+    if settings.members.pseudo is not None:
+        steps.append(_train_step(settings.model, settings.train, " pseudo", settings.members.pseudo))
     for name, member in settings.members.models.items():
         steps.append(_train_step(member.model, member.train or settings.train, f" {name}"))
     if settings.members.paths is not None:
@@ -81,6 +86,8 @@ def members_of(settings: Settings) -> dict[str, str]:
     found = {"fused": "train"}
     found |= {which: f"train {which}" for which in variants_of(settings)}
     found |= {f"seed {seed}": f"train seed {seed}" for seed in settings.members.seeds}
+    if settings.members.pseudo is not None:
+        found["pseudo"] = "train pseudo"
     found |= {name: f"train {name}" for name in settings.members.models}
     if settings.members.paths is not None:
         found["paths"] = "train paths"
@@ -118,14 +125,17 @@ def targets_of(job: str, settings: Settings) -> list[str]:
     return {"embed": ["embed"], "train": ["train"], "explain": [ENSEMBLE], "deploy": [ENSEMBLE]}[job]
 
 
-def _train_step(model: TrainableConfig, train: TrainConfig, suffix: str) -> Step:
-    """Training one model. suffix: tells its step from the main one."""
+def _train_step(
+    model: TrainableConfig, train: TrainConfig, suffix: str, pseudo: PseudoConfig | None = None
+) -> Step:
+    """Training one model. suffix: tells its step from the main one. pseudo: it learns from that one too."""
+    needs = ("ingest", "embed") if _reads_text(model) else ("ingest",)
     return Step(
         f"train{suffix}",
-        ("ingest", "embed") if _reads_text(model) else ("ingest",),
-        partial(_train_recipe, model=model, train=train),
-        partial(_train, model=model, train=train),
-        ("model", "train"),
+        needs if pseudo is None else (*needs, "train"),
+        partial(_train_recipe, model=model, train=train, pseudo=pseudo),
+        partial(_train, model=model, train=train, pseudo=pseudo),
+        ("model", "train") if pseudo is None else ("model", "train", "members"),
     )
 
 
@@ -187,19 +197,30 @@ def _vectors(work: Work, model: TrainableConfig) -> Artifact | None:
     return work.artifacts["embed"] if _reads_text(model) else None
 
 
-def _train_recipe(work: Work, model: TrainableConfig, train: TrainConfig) -> Recipe:
+def _lesson(work: Work, pseudo: PseudoConfig | None) -> Lesson | None:
+    from kgray.training.distributed import Lesson
+
+    return None if pseudo is None else Lesson(work.artifacts["train"], pseudo)
+
+
+def _train_recipe(work: Work, model: TrainableConfig, train: TrainConfig, pseudo: PseudoConfig | None) -> Recipe:
     from kgray.training.distributed import train_recipe
 
-    return train_recipe(work.store, model, train, work.artifacts["ingest"], _vectors(work, model))
+    graph, vectors, lesson = work.artifacts["ingest"], _vectors(work, model), _lesson(work, pseudo)
+    return train_recipe(work.store, model, train, graph, vectors, lesson)
 
 
-def _train(work: Work, draft: Draft, run: Run, model: TrainableConfig, train: TrainConfig) -> Mapping[str, Any]:
+def _train(
+    work: Work, draft: Draft, run: Run, model: TrainableConfig, train: TrainConfig, pseudo: PseudoConfig | None
+) -> Mapping[str, Any]:
     from kgray.pipeline.relay import relay
     from kgray.training import distributed
 
-    graph, vectors = work.artifacts["ingest"], _vectors(work, model)
+    graph, vectors, lesson = work.artifacts["ingest"], _vectors(work, model), _lesson(work, pseudo)
     with relay(run) as on_metrics:
-        return distributed.train(draft, work.store, model, train, graph, vectors, on_metrics=on_metrics)
+        return distributed.train(
+            draft, work.store, model, train, graph, vectors, lesson, on_metrics=on_metrics
+        )
 
 
 def _mine_recipe(work: Work, rules: RulesConfig) -> Recipe:

@@ -113,7 +113,7 @@ class StepMaker(ABC, Generic[B]):
 class BatchMaker(StepMaker[Batch]):
     """Batches of the fused model.
 
-    triples: (T, 3) int64 training triples; index and known are built from the same array. pool: (P,) int64 entities
+    triples: (T, 3) int64 targets, those of ``index`` first; known is built from all of them. pool: (P,) int64 entities
     that may be candidates, None for all.
     """
 
@@ -135,12 +135,13 @@ class BatchMaker(StepMaker[Batch]):
         self.pool = pool
         self.num_relations = num_relations
         self.num_entities = index.num_entities
+        self.edges = index.num_triples  # pseudo-labels, which follow, carry no messages
         self.sampler = NeighbourSampler(index, model.gnn.fanouts) if model.gnn.kind != "none" else None
         self.one_vs_all = model.objective.kind == "one_vs_all"
         self.candidates = self.num_entities if pool is None else len(pool)
         self.negatives = min(model.objective.negatives, self.candidates)
         self._local = np.full(self.num_entities, -1, dtype=np.int64)
-        self._log_inclusion = self._inclusion(index.degrees)
+        self._log_inclusion = self._inclusion(np.bincount(triples[:, [0, 2]].ravel(), minlength=self.num_entities))
 
     def _inclusion(self, degrees: Int64) -> torch.Tensor | None:
         """(N,) log probability that an entity is among a step's candidates."""
@@ -156,7 +157,8 @@ class BatchMaker(StepMaker[Batch]):
         positions = self._positions(epoch, step)
         heads, relations, tails = self.triples[positions].T
         seeds = self._candidates(heads, tails, generator)
-        blocks = self.sampler.sample(seeds, generator, exclude=positions) if self.sampler else []
+        own = positions[positions < self.edges]
+        blocks = self.sampler.sample(seeds, generator, exclude=own) if self.sampler else []
         local = self._local
         local[seeds] = np.arange(len(seeds))
         head, tail = local[heads], local[tails]

@@ -30,6 +30,23 @@ class OptimiserConfig:
 
 
 @configuration
+class PseudoConfig:
+    """Pseudo-labels: the surest predictions of a trained model, taken as further training targets."""
+
+    share: float = option(0.05, "How many, as a share of the training triples.")
+    queries: int = option(50_000, "Queries drawn and answered to find them.")
+    seed: int = option(0, "Of the queries.")
+
+    def __post_init__(self) -> None:
+        if self.share <= 0:
+            raise ConfigError("share", self.share, "a number above 0")
+        if self.queries < 1:
+            raise ConfigError("queries", self.queries, "a number of 1 or more")
+        if self.seed < 0:
+            raise ConfigError("seed", self.seed, "a number of 0 or more")
+
+
+@configuration
 class TrainConfig:
     """The training loop and where it runs."""
 

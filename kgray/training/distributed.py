@@ -18,7 +18,7 @@ from kgray.artifact.filesystem import is_local, resolve
 from kgray.config import to_dict
 from kgray.errors import TrainingError, UserError
 from kgray.runtime import cluster_cpus, cluster_gpus, local_cores, worker_progress
-from kgray.training.config import TrainConfig
+from kgray.training.config import PseudoConfig, TrainConfig
 from kgray.training.families import TrainableConfig, family_of
 
 log = logging.getLogger(__name__)
@@ -39,15 +39,32 @@ class Job:
     model: TrainableConfig
     train: TrainConfig
     info: Mapping[str, Any]
+    lesson: Lesson | None
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Pseudo-labels to train on besides the training triples: a ``model`` artifact, and what it is asked."""
+
+    teacher: Artifact
+    pseudo: PseudoConfig
 
 
 def train_recipe(
-    store: Store, model: TrainableConfig, train: TrainConfig, graph: Artifact, vectors: Artifact | None
+    store: Store,
+    model: TrainableConfig,
+    train: TrainConfig,
+    graph: Artifact,
+    vectors: Artifact | None,
+    lesson: Lesson | None = None,
 ) -> Recipe:
     """What a ``model`` artifact depends on; the number of workers counts, as it sets the global batch."""
     inputs = (graph.source,) if vectors is None else (graph.source, vectors.source)
-    how = {k: v for k, v in to_dict(train).items() if k not in _NOT_IDENTITY}
-    return Recipe("model", FORMAT, inputs, {family_of(model).section: to_dict(model), "train": how})
+    config = {family_of(model).section: to_dict(model)}
+    config["train"] = {k: v for k, v in to_dict(train).items() if k not in _NOT_IDENTITY}
+    if lesson is not None:
+        inputs, config["pseudo"] = (*inputs, lesson.teacher.source), to_dict(lesson.pseudo)
+    return Recipe("model", FORMAT, inputs, config)
 
 
 def train(
@@ -57,6 +74,7 @@ def train(
     train: TrainConfig,
     graph: Artifact,
     vectors: Artifact | None,
+    lesson: Lesson | None = None,
     *,
     on_metrics: OnMetrics | None = None,
 ) -> dict[str, Any]:
@@ -70,11 +88,11 @@ def train(
     from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig
     from ray.train.torch import TorchTrainer
 
-    recipe = train_recipe(store, model, train, graph, vectors)
+    recipe = train_recipe(store, model, train, graph, vectors, lesson)
     place = store.scratch(_RUNS)
     filesystem, path = (None, place) if is_local(place) else resolve(place)
     info = {"train": to_dict(train), "vectors": None if vectors is None else vectors.version}
-    job = Job(draft, graph, vectors, model, train, info)
+    job = Job(draft, graph, vectors, model, train, info, lesson)
     trainer = TorchTrainer(
         _loop,
         train_loop_config={"job": job},
@@ -170,9 +188,15 @@ def _loop(config: dict[str, Any]) -> dict[str, Any]:
 
 def _inputs(job: Job) -> tuple[Any, Any]:
     from kgray.graph.graph import Graph
+    from kgray.model.bundle import Bundle
     from kgray.text.vectors import load_vectors
+    from kgray.training.pseudo import pseudo_labels
 
-    return Graph.load(job.graph), None if job.vectors is None else load_vectors(job.vectors)
+    graph = Graph.load(job.graph)
+    if job.lesson is not None:
+        teacher = Bundle.load(job.lesson.teacher)
+        graph = graph.with_pseudo(pseudo_labels(teacher.scorer, graph, job.lesson.pseudo))
+    return graph, None if job.vectors is None else load_vectors(job.vectors)
 
 
 def _write(job: Job, graph: Any, done: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kgray.errors import ConfigError
-from kgray.graph.graph import Graph
+from kgray.graph.graph import PSEUDO, Graph
 from kgray.graph.neighbours import NeighbourIndex
 from kgray.model.bundle import Scorer, write_bundle
 from kgray.model.config import ModelConfig
@@ -60,9 +60,9 @@ class FusedTask(Task[Batch, StateScorer]):
         model = build_model(graph, vectors, config, train.seed).to(worker.device)
         pool = graph.trained_entities()
         batches = BatchMaker(
-            graph.triples["train"],
+            graph.targets,
             index,
-            graph.known(["train"]),
+            graph.known(["train", PSEUDO]),
             config,
             graph.num_relations,
             train.batch_size,

@@ -144,9 +144,13 @@ def test_storage_follows_the_environment_and_lies_outside_the_checkout_by_defaul
         ("deploy", ["members.rules=null"], ["ingest", "embed", "train", "ensemble"]),
         (
             "deploy",
-            ["members.variants=[text_only]", "members.seeds=[4]", "members.paths={}", "members.relations={}"],
             [
-                *("ingest", "embed", "train", "train text_only", "train seed 4", "train paths", "train relations"),
+                *("members.variants=[text_only]", "members.seeds=[4]", "members.paths={}", "members.relations={}"),
+                "members.pseudo={}",
+            ],
+            [
+                *("ingest", "embed", "train", "train text_only", "train seed 4", "train pseudo", "train paths"),
+                "train relations",
                 *("mine", "ensemble"),
             ],
         ),
