@@ -153,7 +153,7 @@ class TransE(Decoder):
         return -torch.cdist(queries.float(), candidates.float(), p=float(self.norm))
 
     def pair_scores(self, queries: Tensor, candidates: Tensor) -> Tensor:
-        return -torch.linalg.vector_norm(queries.float() - candidates.float(), ord=self.norm, dim=1)
+        return -torch.linalg.vector_norm(queries.float() - candidates.float(), ord=self.norm, dim=1)  # type: ignore[no-any-return]
 
     def relation_query(self, heads: Tensor, tails: Tensor) -> Tensor:
         return tails - heads
@@ -247,7 +247,7 @@ def _in_chunks(distances: Callable[[Tensor, Tensor], Tensor], queries: Tensor, c
     """distances(queries, candidates) by so few candidates at once that memory stays flat; each chunk's differences are
     formed again for the gradient instead of being kept."""
     step = max(1, _ELEMENTS // max(1, queries.numel()))
-    parts = candidates.split(step)
+    parts = torch.split(candidates, step)
     if torch.is_grad_enabled() and (queries.requires_grad or candidates.requires_grad):
         found = [checkpoint(distances, queries, p, use_reentrant=False, preserve_rng_state=False) for p in parts]
     else:

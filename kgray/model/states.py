@@ -134,7 +134,7 @@ def load_states(artifact: Artifact, info: Mapping[str, Any]) -> StateScorer:
 
 
 def _load_decoders(config: ModelConfig, weights: Mapping[str, Tensor]) -> list[ScaledDecoder]:
-    decoders = []
+    decoders: list[ScaledDecoder] = []
     while (scale := weights.get(f"{len(decoders)}.scale")) is not None:
         prefix = f"{len(decoders)}.{_DECODER}"
         decoder = new_decoder(config)

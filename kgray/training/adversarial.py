@@ -59,7 +59,8 @@ def worst(gradient: Tensor | None, epsilon: float) -> Tensor | float:
     # Largest entry first: squares of small gradients would be lost.
     unit = gradient.float() / gradient.float().abs().amax(dim=1, keepdim=True).clamp(min=_TINY)
     norms = torch.linalg.vector_norm(unit, dim=1, keepdim=True)
-    return (epsilon * unit / norms.clamp(min=1.0)).to(gradient.dtype)
+    shift: Tensor = epsilon * unit / norms.clamp(min=1.0)
+    return shift.to(gradient.dtype)
 
 
 @contextmanager
