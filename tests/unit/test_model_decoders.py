@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from model_graphs import ENTITIES, ONE_VS_ALL, SMALL, TRAIN, graph, vectors
+from model_graphs import ENTITIES, ONE_VS_ALL, RELATIONS, SMALL, TRAIN, graph, vectors
 from torch import Tensor, nn
 
 from kgray.config import description, to_dict
@@ -26,9 +26,10 @@ from kgray.model.config import DecodingConfig, GnnConfig, ModelConfig, Objective
 from kgray.model.decoders import DECODERS, Decoder, ScaledDecoder, Trilinear
 from kgray.model.fusion import FUSIONS
 from kgray.model.gnn import GNNS
-from kgray.model.objectives import LOSSES
+from kgray.model.objectives import LOSSES, batch_loss
 from kgray.model.pairs import PAIRS
 from kgray.model.states import StateScorer, encode_all, load_states, scorer_of, write_states
+from kgray.training.batches import BatchMaker
 from kgray.training.config import OptimiserConfig
 from kgray.training.fused_task import build_model
 from kgray.training.loop import fit
@@ -323,3 +324,19 @@ def test_each_learns_the_ring(name: str) -> None:
     counts = rank_triples(done.scorer, graph().triples["test"], graph().known(SPLITS), split="test")
     found = counts.metrics()["test.both.realistic.filtered.full.mrr"]
     assert found > 2 * chance, f"{found:.3f}, by chance {chance:.3f}"
+
+
+@pytest.mark.parametrize(("decoder", "fusion"), [*((n, "gated") for n in DECODERS.names()), ("complex", "lstm"),
+                                                 ("complex", "cross_attention")])  # fmt: skip
+def test_a_step_in_bfloat16_gives_finite_gradients_to_all(decoder: str, fusion: str) -> None:
+    data = graph()
+    config = replace(SMALL, decoder=decoder, decoding=SHAPE, fusion=fusion)
+    model = build_model(data, vectors(), config, seed=0)
+    train = data.triples["train"]
+    batch = BatchMaker(train, data.message_index(), data.known(["train"]), config, RELATIONS, 16, seed=3).make(0, 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = batch_loss(model, batch, config.objective)
+    loss.backward()  # type: ignore[no-untyped-call]
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, f"no loss reaches {name}"
+        assert torch.isfinite(parameter.grad.to_dense()).all(), name
