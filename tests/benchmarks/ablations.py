@@ -40,14 +40,19 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
         "text alone": ["model.structure.kind=none", "model.gnn.kind=none"],
     },
     "fusion": {
-        name: [f"model.fusion={name}", "model.late_structure=false"] for name in ("gated", "concat", "weighted")
+        name: [f"model.fusion={name}", "model.late_structure=false"]
+        for name in ("gated", "concat", "weighted", "cross_attention", "lstm")
     },
-    "gnn": {name: [f"model.gnn.kind={name}"] for name in ("gat", "gcn", "gin", "rgcn", "sage")}
+    "gnn": {name: [f"model.gnn.kind={name}"] for name in ("compgcn", "gat", "gcn", "gin", "rgcn", "sage")}
     | {"two hops": ["model.gnn.fanouts=[10, 5]", "model.gnn.inference_fanouts=[64, 16]"]},
-    "decoder": {name: [f"model.decoder={name}"] for name in ("distmult",)},
+    "decoder": {
+        name: [f"model.decoder={name}"]
+        for name in ("distmult", "transe", "rotate", "mlp", "transformer", "lstm", "conve")
+    },
     "objective": {
         "no relation auxiliary": ["model.objective.relation_weight=0"],
         "relation auxiliary 1": ["model.objective.relation_weight=1"],
+        **{name: [f"model.objective.loss={name}"] for name in ("bce", "self_adversarial", "margin")},
     },
     "regularisation": {
         "no dropout": ["model.dropout=0"],
@@ -55,6 +60,7 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
         "N3 0.001": ["model.objective.n3=0.001"],
         "label smoothing 0.1": ["model.objective.label_smoothing=0.1"],
         "structural vectors withheld 0.3": ["model.structure.drop=0.3"],
+        "adversarial 0.1": ["train.adversarial=0.1"],
     },
 }
 
