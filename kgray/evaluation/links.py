@@ -163,8 +163,10 @@ class CommonNeighbours:
         return np.ones_like(degree)
 
     def score_tails(self, heads: torch.Tensor, relations: torch.Tensor) -> torch.Tensor:
-        """(B, N)."""
-        return torch.from_numpy((self.weighted[heads.numpy()] @ self.near).toarray().astype(np.float32))
+        """(B, N); an entity shares nothing with itself, where it would share most."""
+        shared = (self.weighted[heads.numpy()] @ self.near).toarray().astype(np.float32)
+        shared[np.arange(len(shared)), heads.numpy()] = 0.0
+        return torch.from_numpy(shared)
 
     def score_heads(self, relations: torch.Tensor, tails: torch.Tensor) -> torch.Tensor:
         """(B, N)."""
