@@ -118,7 +118,7 @@ def _by_entities(data: DataConfig) -> bool:
 
 def _division(data: DataConfig) -> dict[str, Any] | None:
     """What decides the splits besides the files."""
-    told = to_dict(data.split)
+    told: dict[str, Any] = to_dict(data.split)
     if _by_entities(data):
         return told
     return {key: told[key] for key in ("valid", "test", "seed")} if _divided(data) else None
