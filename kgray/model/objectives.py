@@ -13,6 +13,7 @@ from kgray.model.config import ObjectiveConfig
 from kgray.model.decoders import Trilinear
 from kgray.model.fused import FusedModel, Neighbourhood
 from kgray.model.registry import Registry
+from kgray.model.softmax import product_softmax_loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +22,8 @@ class Batch:
 
     neighbourhood: of the u seed entities, which are also the candidates.
     head, tail: (q,) positions among the seeds; relation: (q,) int64 in 0..2R-1.
-    known_query, known_candidate: (m,) positions of training answers other than the gold one: no negatives.
+    known_query, known_candidate: (m,) positions of training answers other than the gold one: no negatives. By
+    ascending query, each pair once.
     log_inclusion: (u,) float32 log probability of an entity to be among the candidates, or None when all are.
     """
 
@@ -59,8 +61,14 @@ def batch_loss(model: FusedModel, batch: Batch, config: ObjectiveConfig) -> tupl
         relations = F.embedding(batch.relation, vectors)
         decoder = view.scaled()
         query = decoder.query(heads, relations)
-        scores = decoder.scores(model.dropout(query) if view.decoder.inner else query, states.tail).float()
-        parts[name] = entity_loss(scores, batch, config)
+        if view.decoder.inner:
+            query = model.dropout(query)
+        if view.decoder.inner and config.loss == "softmax":
+            known = (batch.known_query, batch.known_candidate)
+            smoothing = config.label_smoothing
+            parts[name] = product_softmax_loss(query, states.tail, batch.tail, known, batch.log_inclusion, smoothing)
+        else:
+            parts[name] = entity_loss(decoder.scores(query, states.tail).float(), batch, config)
         if config.relation_weight:
             # Scaled anew: one exp for both would add up its gradients in another order, to other last bits.
             by_relation = view.scaled().relation_scores(heads, tails, vectors).float()
