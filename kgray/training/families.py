@@ -7,8 +7,9 @@ from typing import TypeAlias
 
 from kgray.model.config import ModelConfig
 from kgray.model.paths_config import PathsConfig
+from kgray.text.tuning_config import TuningConfig
 
-TrainableConfig: TypeAlias = ModelConfig | PathsConfig
+TrainableConfig: TypeAlias = ModelConfig | PathsConfig | TuningConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,7 @@ class Family:
 _FAMILIES: dict[type, Family] = {
     ModelConfig: Family("model", "kgray.training.fused_task:FusedTask"),
     PathsConfig: Family("paths", "kgray.training.paths_task:PathsTask"),
+    TuningConfig: Family("tuning", "kgray.training.encoder_task:EncoderTask"),
 }
 
 
