@@ -282,10 +282,11 @@ def test_an_epoch_may_be_a_sample(texts: Texts) -> None:
 def test_what_is_written_is_an_ordinary_encoder_that_gives_the_trained_vectors(
     folder: str, texts: Texts, tmp_path: Path, mode: Any
 ) -> None:
-    done = fit(graph(), texts, replace(LAST, mode=mode, rank=2), TRAIN)
+    trainer = Trainer(graph(), texts, replace(LAST, mode=mode, rank=2), TRAIN, Worker("cpu"))
+    trainer._epoch()
     rows = np.array([0, 1, 2, 4])
-    trained = done.model.encode(rows)  # type: ignore[operator]
-    done.task.write(tmp_path, done.scorer, graph(), done.history, {})
+    trained = trainer.model.encode(rows)  # type: ignore[operator]
+    trainer.task.write(tmp_path, trainer.task.scorer(), graph(), (), {})
     written = [entities()[row] for row in rows]
     encoder = TextEncoder(str(tmp_path), precision="float32", max_length=20)
     np.testing.assert_allclose(encoder.encode(written).vectors, trained.numpy(), atol=3e-6)
@@ -342,3 +343,27 @@ def test_mistakes_are_told(folder: str, texts: Texts, monkeypatch: pytest.Monkey
     for wrong in ({"layers": 0}, {"lr": 0.0}, {"word_dropout": 1.0}, {"margin": -1.0}, {"epoch_triples": 0}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             replace(LAST, **wrong)
+
+
+def test_the_step_is_there_only_where_it_is_asked_for(tmp_path: Path) -> None:
+    from kgray.config import load_config
+    from kgray.pipeline.plan import needed
+    from kgray.pipeline.settings import Settings
+    from kgray.pipeline.steps import steps_of, targets_of
+
+    config = tmp_path / "c.yaml"
+    config.write_text("storage: {root: s}\ndata: {triples: {train: a.tsv, valid: b.tsv, test: c.tsv}}\n")
+
+    def names(job: str, *overrides: str) -> list[str]:
+        settings = load_config(Settings, str(config), overrides)
+        return [step.name for step in needed(steps_of(settings), targets_of(job, settings))]
+
+    assert names("embed") == ["ingest", "embed"]
+    assert names("embed", "text.tuning.mode=lora") == ["ingest", "pretrain", "embed"]
+    assert names("pretrain", "text.tuning.mode=full") == ["ingest", "pretrain"]
+    with pytest.raises(ConfigError, match=r"'text\.tuning' has the value null; expected a section"):
+        names("pretrain")
+    with pytest.raises(ConfigError, match="'text' has the value null"):
+        names("pretrain", "text=null")
+    with pytest.raises(ConfigError, match=r"text\.tuning\.mode.*last_layers"):
+        names("pretrain", "text.tuning.mode=last")
