@@ -39,6 +39,8 @@ class TunedEncoder(nn.Module):
     (unreadable), ConfigError (a mode this encoder does not have, more layers than there are, peft not installed).
     """
 
+    ids: Tensor
+
     def __init__(self, texts: Texts, tuning: TuningConfig, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         _, model = load_encoder(texts.encoder, torch.float32, texts.pooling)
@@ -143,7 +145,8 @@ class TunedEncoder(nn.Module):
         )[0]
         # Left in float32, every sum with a residual and every norm after it would be twice as wide.
         kind = ids.device.type
-        return states.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else states
+        narrowed: Tensor = states.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else states
+        return narrowed
 
     def _layers(self, states: Tensor, groups: Groups, first: int, last: int | None) -> Tensor:
         for layer in self.model.encoder.layer[first:last]:
@@ -183,7 +186,7 @@ def _layer(layer: Any, states: Tensor, groups: Groups) -> Tensor:
 
 
 def _grouped(states: Tensor, groups: Groups) -> list[tuple[Tensor, tuple[int, int]]]:
-    return list(zip(states.split([n * length for n, length in groups]), groups, strict=True))
+    return list(zip(torch.split(states, [n * length for n, length in groups]), groups, strict=True))
 
 
 @contextmanager

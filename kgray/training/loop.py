@@ -119,6 +119,7 @@ class Trainer:
         if self.task.pretrained and not at.history:
             at.history.append({"epoch": 0.0, **self._validate()})
             self.worker.say("before training: %s %.4f", METRIC, at.best)
+            self._checkpoint(at.history[-1])
         while at.epoch < self.config.epochs and at.stale < self.config.patience:
             started = time.monotonic()
             self._epoch()

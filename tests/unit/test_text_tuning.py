@@ -5,9 +5,10 @@ python3 -m pytest tests/unit/test_text_tuning.py
 
 from __future__ import annotations
 
+import shutil
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,15 @@ def test_a_query_is_read_as_one_text_where_all_layers_learn(folder: str, texts: 
     torch.testing.assert_close(model.encode(rows, ways), expected, atol=2e-6, rtol=0)
 
 
+def test_activations_stored_in_bfloat16_are_close(folder: str, texts: Texts) -> None:
+    model = TunedEncoder(texts, LAST, torch.bfloat16)
+    model.store_lower()
+    assert model._stored is not None and model._stored.dtype == torch.bfloat16
+    rows = np.array([9, 0, 1, 2, 4, N])
+    expected = plain(folder, [sequence_of(texts, row) for row in rows])
+    assert float((model.encode(rows) * expected).sum(dim=1).min()) > 0.999
+
+
 def test_head_and_relation_meet_in_the_layers_that_learn(texts: Texts) -> None:
     """Oracle: both texts through the lower layer alone, then one after the other through the upper one."""
     model = TunedEncoder(texts, LAST)
@@ -225,6 +235,17 @@ def test_known_answers_and_duplicates_are_no_negatives(texts: Texts) -> None:
     assert 3 not in maker.triples[:, [0, 2]], "an entity without text teaches nothing"
 
 
+def test_the_answers_name_is_left_out_of_the_query_where_asked(texts: Texts) -> None:
+    """Each fact's tail is its head: all that a query holds of its own name goes."""
+    facts = np.array([[n, 0, n] for n in range(4, 24)])
+    data = Graph.from_arrays({"train": facts}, N, R)
+    masked, whole = (
+        ContrastiveMaker(data, texts, replace(LAST, mask_mentions=on), TRAIN).make(0, 0) for on in (True, False)
+    )
+    queries = 2 * len(whole.gold) // 2
+    assert len(whole.packed.places) - len(masked.packed.places) >= queries
+
+
 def test_loss_against_a_slow_loop() -> None:
     generator = torch.Generator().manual_seed(0)
     q, c = (torch.nn.functional.normalize(torch.randn(n, 5, generator=generator), dim=1) for n in (4, 6))
@@ -293,6 +314,37 @@ def test_what_is_written_is_an_ordinary_encoder_that_gives_the_trained_vectors(
     base = TextEncoder(folder, precision="float32", max_length=20)
     assert np.abs(base.encode(written).vectors - trained.numpy()).max() > 1e-3
     assert not list(tmp_path.glob("*.bin")) and (tmp_path / "model.safetensors").exists()
+
+
+class StopError(Exception):
+    """Stands for a death of the process."""
+
+
+class Keeping(Worker):
+    """Keeps its last checkpoint in a folder; dies after ``last`` of them."""
+
+    def __init__(self, folder: Path, last: int = 10**9) -> None:
+        super().__init__("cpu")
+        self.folder, self.left = folder, last
+
+    def report(self, metrics: Mapping[str, float], checkpoint: Path | None) -> None:
+        assert checkpoint is not None
+        shutil.copytree(checkpoint, self.folder, dirs_exist_ok=True)
+        self.left -= 1
+        if not self.left:
+            raise StopError
+
+
+@pytest.mark.parametrize("died_after", [1, 3])
+def test_a_resumed_run_ends_with_the_same_bits(texts: Texts, tmp_path: Path, died_after: int) -> None:
+    """Checkpoint 1 is that of the untuned encoder, 3 lies in the middle of an epoch."""
+    options, train = replace(LAST, dropout=0.1, word_dropout=0.2), replace(TRAIN, checkpoint_steps=2)
+    undisturbed = fit(graph(), texts, options, train, Keeping(tmp_path / "a"))
+    with pytest.raises(StopError):
+        fit(graph(), texts, options, train, Keeping(tmp_path / "b", died_after))
+    resumed = fit(graph(), texts, options, train, Keeping(tmp_path / "c"), resume=tmp_path / "b")
+    assert resumed.history == undisturbed.history
+    assert not changed(undisturbed.model.state_dict(), resumed.model)  # type: ignore[arg-type]
 
 
 def _two_workers(rank: int, port: int, out: str, run: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
