@@ -7,7 +7,9 @@ encoder is called as it is, a group of equal length at a time.
 
 from __future__ import annotations
 
+import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kgray.errors import ConfigError
+from kgray.errors import ConfigError, StorageError
 from kgray.text.encoder import check_length, load_encoder, load_tokenizer, position_offset
 from kgray.text.tokens import Int64, Packed, Texts, batches, pack
 from kgray.text.tuning_config import TuningConfig
@@ -28,6 +30,8 @@ FLAT = ("bert", "camembert", "roberta", "xlm-roberta")
 
 READ_AT_ONCE = 16384
 """Tokens a batch where nothing is learned from it."""
+
+SAY_EVERY_S = 15.0
 
 Groups = Sequence[tuple[int, int]]
 
@@ -80,16 +84,13 @@ class TunedEncoder(nn.Module):
     def store_lower(self, say: Callable[..., None] = lambda *_: None) -> None:
         """Compute the frozen layers for every text once; nothing to do where none is frozen.
 
-        (T, d) in ``dtype``, memory-mapped from a file without a name, which goes when the mapping does.
+        Raises StorageError where there is no room for them.
         """
         if self.tuning.mode != "last_layers":
             return
-        tokens, width = self.texts.tokens, int(self.model.config.hidden_size)
-        narrow: Any = np.int16 if self.dtype == torch.bfloat16 else np.int32
-        with tempfile.TemporaryFile() as file:
-            mapped = np.memmap(file, narrow, "w+", shape=(len(tokens.ids), width))
-        stored = torch.from_numpy(mapped).view(self.dtype)
-        done = 0
+        tokens = self.texts.tokens
+        stored = _on_disk(len(tokens.ids), int(self.model.config.hidden_size), self.dtype)
+        done, said = 0, time.monotonic()
         with torch.no_grad(), _no_dropout(self):
             for part in batches(self.texts, np.arange(len(tokens)), None, READ_AT_ONCE):
                 packed = pack(self.texts, part)
@@ -98,8 +99,10 @@ class TunedEncoder(nn.Module):
                     states = self._layers(self._embedded(places, packed.groups), packed.groups, 0, self.frozen_layers)
                 stored[places] = states.to(stored)
                 done += len(part)
+                if time.monotonic() - said > SAY_EVERY_S or done == len(tokens):
+                    said = time.monotonic()
+                    say("text: %d of %d texts through the lower %d layers", done, len(tokens), self.frozen_layers)
         self._stored = stored
-        say("text: the lower %d layers of %d texts are stored (%d tokens)", self.frozen_layers, done, len(tokens.ids))
 
     def forward(self, packed: Packed) -> Tensor:
         """(n, d) float32 vectors of length 1, zero for a sequence without tokens."""
@@ -187,6 +190,22 @@ def _layer(layer: Any, states: Tensor, groups: Groups) -> Tensor:
 
 def _grouped(states: Tensor, groups: Groups) -> list[tuple[Tensor, tuple[int, int]]]:
     return list(zip(torch.split(states, [n * length for n, length in groups]), groups, strict=True))
+
+
+def _on_disk(rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    """(rows, width), memory-mapped from a file without a name, which goes when the mapping does."""
+    narrow: Any = np.int16 if dtype == torch.bfloat16 else np.int32
+    size = rows * width * np.dtype(narrow).itemsize
+    with tempfile.TemporaryFile() as file:
+        try:
+            # A hole in the file would only be filled when written to, and a full disk then kills the process.
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            raise StorageError(
+                f"{tempfile.gettempdir()} has no room for {size / 1e9:.1f} GB of activations ({error.strerror}): set "
+                "TMPDIR to another place, or text.tuning.mode to lora or full"
+            ) from None
+        return torch.from_numpy(np.memmap(file, narrow, "r+", shape=(rows, width))).view(dtype)
 
 
 @contextmanager

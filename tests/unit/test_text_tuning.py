@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from tiny_encoders import save_encoder, tiny_bert
 
-from kgray.errors import ConfigError, TrainingError
+from kgray.errors import ConfigError, StorageError, TrainingError
 from kgray.graph.graph import Graph
 from kgray.model.contrastive import contrastive_loss
 from kgray.model.text_encoder import TunedEncoder
@@ -137,6 +137,30 @@ def test_flat_and_stored_activations_give_what_the_whole_model_gives(
     torch.testing.assert_close(model.encode(rows), expected, atol=2e-6, rtol=0)
     torch.testing.assert_close(model(pack(model.texts, rows)), expected, atol=2e-6, rtol=0)
     assert not model.encode(np.array([3])).any(), "no text, no vector"
+
+
+def test_positions_of_roberta_begin_behind_its_padding(tmp_path: Path) -> None:
+    from transformers import RobertaConfig, RobertaModel
+
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    torch.manual_seed(0)
+    config = RobertaConfig(vocab_size=44, max_position_embeddings=66, initializer_range=0.3, **size)
+    place = save_encoder(tmp_path, RobertaModel(config))
+    texts = texts_of(entities(), RELATION_TEXTS, TEXT, place)
+    model = TunedEncoder(texts, LAST)
+    model.store_lower()
+    rows = np.array([9, 0, 1, N])
+    expected = plain(place, [sequence_of(texts, row) for row in rows])
+    torch.testing.assert_close(model.encode(rows), expected, atol=2e-6, rtol=0)
+
+
+def test_a_full_disk_is_told(texts: Texts, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(StorageError, match=r"no room for .* GB.*TMPDIR"):
+        TunedEncoder(texts, LAST).store_lower()
 
 
 def test_a_query_is_read_as_one_text_where_all_layers_learn(folder: str, texts: Texts) -> None:
