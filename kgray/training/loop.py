@@ -117,9 +117,8 @@ class Trainer:
         """Train until the epochs or the patience run out; raises TrainingError on a non-finite loss."""
         at = self.position
         if self.task.pretrained and not at.history:
-            at.history.append({"epoch": 0.0, **self._validate()})
+            at.history.append({"epoch": -1.0, **self._validate()})
             self.worker.say("before training: %s %.4f", METRIC, at.best)
-            self._checkpoint(at.history[-1])
         while at.epoch < self.config.epochs and at.stale < self.config.patience:
             started = time.monotonic()
             self._epoch()

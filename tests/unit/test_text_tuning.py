@@ -303,7 +303,7 @@ def test_it_learns_what_the_texts_say(folder: str, mode: Any) -> None:
     optimiser = OptimiserConfig(lr=5e-3, schedule="linear")
     done = fit(data, texts, options, replace(TRAIN, epochs=12, patience=12, optimiser=optimiser))
     assert done.history[-1]["train.loss"] < 0.6 * done.history[1]["train.loss"]
-    assert done.best > done.history[0][METRIC] + 0.1, "epoch 0 is the encoder as it was"
+    assert done.best > done.history[0][METRIC] + 0.1, "the first row is the encoder as it was"
 
 
 def test_the_untuned_encoder_is_kept_where_training_only_harms(folder: str) -> None:
@@ -359,9 +359,9 @@ class Keeping(Worker):
             raise StopError
 
 
-@pytest.mark.parametrize("died_after", [1, 3])
+@pytest.mark.parametrize("died_after", [1, 5])
 def test_a_resumed_run_ends_with_the_same_bits(texts: Texts, tmp_path: Path, died_after: int) -> None:
-    """Checkpoint 1 is that of the untuned encoder, 3 lies in the middle of an epoch."""
+    """Checkpoint 1 lies in the middle of an epoch, 5 at its end."""
     options, train = replace(LAST, dropout=0.1, word_dropout=0.2), replace(TRAIN, checkpoint_steps=2)
     undisturbed = fit(graph(), texts, options, train, Keeping(tmp_path / "a"))
     with pytest.raises(StopError):
