@@ -29,6 +29,7 @@ Body = Callable[[argparse.Namespace], dict[str, Any]]
 
 JOBS = {
     "ingest": "input files -> graph (and corpus)",
+    "pretrain": "texts and triples of the graph -> encoder, where text.tuning is set",
     "embed": "texts of the graph -> vectors",
     "train": "graph and vectors -> model",
     "evaluate": "model and graph -> report",

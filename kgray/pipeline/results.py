@@ -12,6 +12,7 @@ from kgray.pipeline.plan import Work
 
 _TARGET = {
     "ingest": "ingest",
+    "pretrain": "pretrain",
     "embed": "embed",
     "train": "train",
     "evaluate": "evaluate",

@@ -1,6 +1,6 @@
 """The steps of kgray: what each job reads, writes, and takes from the configuration. Floor 6.
 
-    input files -> graph -> vectors -> model(s) -> ensemble -> report
+    input files -> graph (-> encoder) -> vectors -> model(s) -> ensemble -> report
                          \\----------/                     \\-> deployment
     documents   -> corpus
 
@@ -25,6 +25,7 @@ from kgray.pipeline.plan import Step, Work
 from kgray.pipeline.settings import Settings
 from kgray.reasoning.config import RulesConfig
 from kgray.text.config import TextConfig
+from kgray.text.tuning_config import TuningConfig
 from kgray.training.config import PseudoConfig, TrainConfig
 from kgray.training.families import TrainableConfig
 
@@ -44,8 +45,7 @@ def steps_of(settings: Settings) -> list[Step]:
     if settings.data.documents is not None:
         steps.append(Step("corpus", (), _corpus_recipe, _corpus, ("data",)))
     if settings.text is not None:
-        recipe, make = partial(_embed_recipe, text=settings.text), partial(_embed, text=settings.text)
-        steps.append(Step("embed", ("ingest",), recipe, make, ("text",)))
+        steps += _text_steps(settings.text)
     measured, mixed = ablations_of(settings), variants_of(settings)
     for which in ABLATIONS:
         if which in measured or which in mixed:
@@ -81,6 +81,17 @@ def steps_of(settings: Settings) -> list[Step]:
     return [*steps, _evaluate_step(ENSEMBLE, "", measured)]
 
 
+def _text_steps(text: TextConfig) -> list[Step]:
+    embed = partial(_embed_recipe, text=text), partial(_embed, text=text)
+    if text.tuning is None:
+        return [Step("embed", ("ingest",), *embed, ("text",))]
+    made = partial(_pretrain_recipe, text=text, tuning=text.tuning), partial(_pretrain, text=text, tuning=text.tuning)
+    return [
+        Step("pretrain", ("ingest",), *made, ("text", "train")),
+        Step("embed", ("ingest", "pretrain"), *embed, ("text",)),
+    ]
+
+
 def members_of(settings: Settings) -> dict[str, str]:
     """The steps whose models are mixed, by the name a member goes by in reports and explanations."""
     found = {"fused": "train"}
@@ -111,7 +122,7 @@ def ablations_of(settings: Settings) -> tuple[Ablation, ...]:
 def targets_of(job: str, settings: Settings) -> list[str]:
     """The steps a job is asked for; what they need comes by itself.
 
-    Raises ConfigError for embed where there is no text.
+    Raises ConfigError for embed and pretrain where there is no text, for pretrain where nothing is tuned.
     """
     names = [step.name for step in steps_of(settings)]
     if job == "pipeline":
@@ -120,9 +131,11 @@ def targets_of(job: str, settings: Settings) -> list[str]:
         return [name for name in names if name in ("ingest", "corpus")]
     if job == "evaluate":
         return [name for name in names if name.partition(" ")[0] == "evaluate"]
-    if job == "embed" and settings.text is None:
-        raise ConfigError("text", None, "a section, as there is nothing to embed without one")
-    return {"embed": ["embed"], "train": ["train"], "explain": [ENSEMBLE], "deploy": [ENSEMBLE]}[job]
+    if job in ("embed", "pretrain") and settings.text is None:
+        raise ConfigError("text", None, f"a section, as there is nothing to {job} without one")
+    if job == "pretrain" and job not in names:
+        raise ConfigError("text.tuning", None, "a section, such as {mode: last_layers}: how the encoder is trained")
+    return [{"explain": ENSEMBLE, "deploy": ENSEMBLE}.get(job, job)]
 
 
 def _train_step(
@@ -175,16 +188,32 @@ def _corpus(work: Work, draft: Draft, run: Run) -> Mapping[str, Any]:
     return ingest_corpus(draft, work.settings.data)
 
 
+def _pretrain_recipe(work: Work, text: TextConfig, tuning: TuningConfig) -> Recipe:
+    from kgray.training.pretrain import pretrain_recipe
+
+    return pretrain_recipe(work.store, text, tuning, work.settings.train, work.artifacts["ingest"])
+
+
+def _pretrain(work: Work, draft: Draft, run: Run, text: TextConfig, tuning: TuningConfig) -> Mapping[str, Any]:
+    from kgray.pipeline.relay import relay
+    from kgray.training.pretrain import pretrain
+
+    with relay(run) as on_metrics:
+        return pretrain(
+            draft, work.store, text, tuning, work.settings.train, work.artifacts["ingest"], on_metrics=on_metrics
+        )
+
+
 def _embed_recipe(work: Work, text: TextConfig) -> Recipe:
     from kgray.text.embed import embed_recipe
 
-    return embed_recipe(work.store, text, work.artifacts["ingest"])
+    return embed_recipe(work.store, text, work.artifacts["ingest"], work.artifacts.get("pretrain"))
 
 
 def _embed(work: Work, draft: Draft, run: Run, text: TextConfig) -> Mapping[str, Any]:
     from kgray.text.embed import embed
 
-    return embed(draft, text, work.artifacts["ingest"], work.store)
+    return embed(draft, text, work.artifacts["ingest"], work.store, work.artifacts.get("pretrain"))
 
 
 def _reads_text(model: TrainableConfig) -> bool:

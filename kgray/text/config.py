@@ -7,6 +7,7 @@ from typing import Literal
 from kgray.config import ConfigPathOrName, configuration, option
 from kgray.errors import ConfigError
 from kgray.text.template import template_fields
+from kgray.text.tuning_config import TuningConfig
 
 Pooling = Literal["mean", "cls", "last", "pooler"]
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -49,6 +50,9 @@ class TextConfig:
         "CPUs of one encoder, which reads as many batches at once; null: as many as there are, at most four.",
     )
     reuse: bool = option(True, "Take vectors of unchanged texts from earlier artifacts of the same storage.")
+    tuning: TuningConfig | None = option(
+        None, "Train the encoder on the training triples first, and embed with what came of it; null: as it is."
+    )
 
     def __post_init__(self) -> None:
         if not self.encoder.strip():

@@ -24,7 +24,7 @@ from kgray.errors import ConfigError, UserError
 from kgray.text.config import TextConfig
 from kgray.text.encoder import resolve_precision
 from kgray.text.pieces import Piece, Unit, join_part, plan_units, unit_name
-from kgray.text.places import EncoderPlace, find_encoder
+from kgray.text.places import EncoderPlace, find_encoder, tuned_place
 from kgray.text.template import template_fields
 from kgray.text.vectors import FORMAT, INDEX, entities_file
 from kgray.text.worker import Counts, EmbedTask, EmbedUnits
@@ -34,29 +34,33 @@ log = logging.getLogger(__name__)
 KIND = "vectors"
 _DECIDES_A_VECTOR = ("pooling", "normalise", "max_length", "precision")
 _DECIDES_A_TEXT = ("template", "relation_template")
+_TUNED = "encoder"
 _EARLIER = 8
 _SAY_EVERY_S = 5.0
 _MOST_AUTO_CPUS = 4
 
 
-def embed_recipe(store: Store, text: TextConfig, graph: Artifact) -> Recipe:
-    """What decides the vectors: the graph, the encoder's files, how texts are made and read.
+def embed_recipe(store: Store, text: TextConfig, graph: Artifact, tuned: Artifact | None = None) -> Recipe:
+    """What decides the vectors: the graph, the encoder's files (or the ``tuned`` one, an ``encoder`` artifact), how
+    texts are made and read.
 
     Raises EncoderError when the encoder cannot be found.
     """
-    return _recipe(store, text, graph, _place(store, text), _device())
+    return _recipe(store, text, graph, tuned, place_of(store, text, tuned), _device())
 
 
-def embed(draft: Draft, text: TextConfig, graph: Artifact, store: Store) -> dict[str, Any]:
+def embed(
+    draft: Draft, text: TextConfig, graph: Artifact, store: Store, tuned: Artifact | None = None
+) -> dict[str, Any]:
     """Writes the files of a vectors artifact into ``draft`` and returns its counts. Needs a Ray session.
 
     Raises EncoderError (not found, damaged), ConfigError (``text.template`` names an unknown column,
     ``text.max_length`` beyond the encoder's), StorageError.
     """
-    _check_columns(text, graph)
+    check_columns(text, graph)
     device = _device()
-    place = _place(store, text)
-    recipe = _recipe(store, text, graph, place, device)
+    place = place_of(store, text, tuned)
+    recipe = _recipe(store, text, graph, tuned, place, device)
     log.info("embed: encoder %s from %s (%s)", text.encoder, place.how, place.path)
     parts = [(int(start), int(end)) for start, end in graph.read_json("partitions.json")["entities"]]
     relations = int(graph.counts["relations"])
@@ -75,6 +79,7 @@ def embed(draft: Draft, text: TextConfig, graph: Artifact, store: Store) -> dict
         earlier=_earlier(store, recipe) if text.reuse else (),
         out=out,
         resumable=chunked,
+        tuned=tuned,
     )
     rows = sum(end - start for start, end in parts) + 2 * relations
     counts = Counts()
@@ -102,15 +107,26 @@ def embed(draft: Draft, text: TextConfig, graph: Artifact, store: Store) -> dict
     }
 
 
-def _place(store: Store, text: TextConfig) -> EncoderPlace:
+def place_of(store: Store, text: TextConfig, tuned: Artifact | None = None) -> EncoderPlace:
+    """Where the encoder lies on this node, the configured one or the one of an ``encoder`` artifact.
+
+    Raises EncoderError that names every place looked at.
+    """
+    if tuned is not None:
+        return tuned_place(tuned)
     return find_encoder(text, lambda paths: [source.version for source in store.hash_files(paths)])
 
 
-def _recipe(store: Store, text: TextConfig, graph: Artifact, place: EncoderPlace, device: str) -> Recipe:
-    files = store.hash_files([f"{place.path}/{name}" for name, _ in place.files])
+def _recipe(
+    store: Store, text: TextConfig, graph: Artifact, tuned: Artifact | None, place: EncoderPlace, device: str
+) -> Recipe:
     config = to_dict(text)
     decides = {key: config[key] for key in (*_DECIDES_A_VECTOR, *_DECIDES_A_TEXT)}
     decides["precision"] = resolve_precision(text.precision, device)
+    if tuned is not None:
+        # By content too: training again what was removed need not give the same weights under the same version.
+        return Recipe(KIND, FORMAT, (graph.source, tuned.source), {**decides, _TUNED: dict(place.files)})
+    files = store.hash_files([f"{place.path}/{name}" for name, _ in place.files])
     return Recipe(KIND, FORMAT, (graph.source, *files), decides)
 
 
@@ -123,7 +139,8 @@ def _device() -> str:
     return device_kind() if ray.is_initialized() else "cpu"
 
 
-def _check_columns(text: TextConfig, graph: Artifact) -> None:
+def check_columns(text: TextConfig, graph: Artifact) -> None:
+    """Raises ConfigError for a template that names a column the graph does not have."""
     for key, place in (("template", "entities"), ("relation_template", "relations.parquet")):
         with graph.open(graph.parquet_files(place)[0]) as stream:
             columns = pq.read_schema(stream).names
@@ -140,7 +157,7 @@ def _earlier(store: Store, recipe: Recipe) -> tuple[Artifact, ...]:
     equal."""
     found = []
     for artifact in store.list(KIND):
-        same = all(artifact.config.get(key) == recipe.config[key] for key in _DECIDES_A_VECTOR)
+        same = all(artifact.config.get(key) == recipe.config.get(key) for key in (*_DECIDES_A_VECTOR, _TUNED))
         files = [source.version for source in artifact.inputs if source.kind == "file"]
         wanted = [source.version for source in recipe.inputs if source.kind == "file"]
         if same and files == wanted and artifact.manifest.get("format") == recipe.format:

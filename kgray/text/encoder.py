@@ -22,7 +22,19 @@ from kgray.precision import computes_bfloat16
 from kgray.text.config import Pooling, Precision
 from kgray.text.places import EncoderPlace, find_encoder
 
-__all__ = ["EncodedTexts", "EncoderPlace", "TextEncoder", "find_encoder", "plan_batches", "resolve_precision"]
+__all__ = [
+    "EncodedTexts",
+    "EncoderPlace",
+    "TextEncoder",
+    "check_length",
+    "find_encoder",
+    "load_encoder",
+    "load_tokenizer",
+    "plan_batches",
+    "position_offset",
+    "resolve_precision",
+    "tokenise",
+]
 
 log = logging.getLogger(__name__)
 
@@ -100,13 +112,13 @@ class TextEncoder:
         self.pooling, self.max_length, self.normalise = pooling, max_length, normalise
         self.batch_tokens, self.device = batch_tokens, device
         dtype = torch.bfloat16 if self.precision == "bfloat16" else torch.float32
-        self._tokenizer, self._model = _load(path, dtype, pooling)
+        self._tokenizer, self._model = load_encoder(path, dtype, pooling)
         self._model.to(device)
         self._pad = self._tokenizer.pad_token_id
         if self._pad is None:  # decoders often have none; what is padded is masked, so any token will do
             self._pad = self._tokenizer.eos_token_id or 0
         self.dim = int(self._model.config.hidden_size)
-        self._check_length()
+        check_length(self._model, max_length)
         # OpenMP keeps its number of threads by thread: these few compute alone, the caller's setting stays.
         workers = threads if device == "cpu" else 1
         self._pool = ThreadPoolExecutor(workers, "encode", initializer=torch.set_num_threads, initargs=(1,))
@@ -114,7 +126,7 @@ class TextEncoder:
     def encode(self, texts: Sequence[str]) -> EncodedTexts:
         """Vectors of texts, in their order; the same text gives the same vector whatever stands beside it (to
         rounding)."""
-        tokens, truncated = self._tokenise(texts)
+        tokens, truncated = tokenise(self._tokenizer, texts, self.max_length)
         out = np.zeros((len(texts), self.dim), dtype=np.float32)
 
         def read(rows: NDArray[np.int64]) -> int:
@@ -163,53 +175,75 @@ class TextEncoder:
             return states.float().mean(dim=1)
         return (states.float() * mask[:, :, None]).sum(dim=1) / lengths[:, None]
 
-    def _tokenise(self, texts: Sequence[str]) -> tuple[list[list[int]], int]:
-        kept = [row for row, text in enumerate(texts) if text.strip()]
-        tokens: list[list[int]] = [[] for _ in texts]
-        if not kept:
-            return tokens, 0
-        # A lone surrogate cannot be written as UTF-8, which the tokenizer needs.
-        clean = [texts[row].encode("utf-8", "replace").decode("utf-8") for row in kept]
-        encoded = self._tokenizer(
-            clean, truncation=True, max_length=self.max_length, return_attention_mask=False, verbose=False
-        )
-        for row, ids in zip(kept, encoded["input_ids"], strict=True):
-            tokens[row] = ids
-        return tokens, self._count_truncated(clean, encoded)
 
-    def _count_truncated(self, texts: list[str], encoded: Any) -> int:
-        if encoded.encodings is not None:
-            return sum(1 for encoding in encoded.encodings if encoding.overflowing)
-        full = [
-            text for text, ids in zip(texts, encoded["input_ids"], strict=True) if len(ids) >= self.max_length
-        ]
-        if not full:
-            return 0
-        whole = self._tokenizer(full, truncation=False, verbose=False)["input_ids"]
-        return sum(1 for ids in whole if len(ids) > self.max_length)
-
-    def _check_length(self) -> None:
-        config = self._model.config
-        positions = getattr(config, "max_position_embeddings", None)
-        limit = int(positions) if positions else 2**31
-        # RoBERTa and its kin number their positions from the padding token on.
-        embeddings = getattr(getattr(self._model, "embeddings", None), "position_embeddings", None)
-        padding = getattr(embeddings, "padding_idx", None)
-        if padding is not None:
-            limit -= int(padding) + 1
-        if self.max_length > limit:
-            raise ConfigError("text.max_length", self.max_length, f"at most {limit} tokens with this encoder")
+def tokenise(tokenizer: Any, texts: Sequence[str], max_length: int) -> tuple[list[list[int]], int]:
+    """Token ids of each text, cut at ``max_length``, none for an empty one; and how many were cut."""
+    kept = [row for row, text in enumerate(texts) if text.strip()]
+    tokens: list[list[int]] = [[] for _ in texts]
+    if not kept:
+        return tokens, 0
+    # A lone surrogate cannot be written as UTF-8, which the tokenizer needs.
+    clean = [texts[row].encode("utf-8", "replace").decode("utf-8") for row in kept]
+    encoded = tokenizer(clean, truncation=True, max_length=max_length, return_attention_mask=False, verbose=False)
+    for row, ids in zip(kept, encoded["input_ids"], strict=True):
+        tokens[row] = ids
+    return tokens, _count_truncated(tokenizer, clean, encoded, max_length)
 
 
-def _load(path: str, dtype: Any, pooling: str) -> tuple[Any, Any]:
+def _count_truncated(tokenizer: Any, texts: list[str], encoded: Any, max_length: int) -> int:
+    if encoded.encodings is not None:
+        return sum(1 for encoding in encoded.encodings if encoding.overflowing)
+    full = [text for text, ids in zip(texts, encoded["input_ids"], strict=True) if len(ids) >= max_length]
+    if not full:
+        return 0
+    whole = tokenizer(full, truncation=False, verbose=False)["input_ids"]
+    return sum(1 for ids in whole if len(ids) > max_length)
+
+
+def position_offset(model: Any) -> int:
+    """The number of the first position: RoBERTa and its kin number theirs from the padding token on."""
+    embeddings = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
+    padding = getattr(embeddings, "padding_idx", None)
+    return 0 if padding is None else int(padding) + 1
+
+
+def check_length(model: Any, max_length: int) -> None:
+    """Raises ConfigError where texts of ``max_length`` tokens have more positions than the encoder."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    limit = (int(positions) if positions else 2**31) - position_offset(model)
+    if max_length > limit:
+        raise ConfigError("text.max_length", max_length, f"at most {limit} tokens with this encoder")
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer of a directory; EncoderError for one that transformers cannot read."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: str, error: Exception) -> EncoderError:
+    # transformers raises whatever the faulty file made it raise; the user needs place and reason.
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return EncoderError(f"the encoder at {path} cannot be loaded: {reason[:300]}")
+
+
+def load_encoder(path: str, dtype: Any, pooling: str) -> tuple[Any, Any]:
+    """Tokenizer and model (in evaluation mode) of a directory.
+
+    Raises EncoderError for one that transformers cannot read, ConfigError for a pooling it does not have.
+    """
     import transformers
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoModel
 
+    tokenizer = load_tokenizer(path)
     transformers.utils.logging.disable_progress_bar()
     noise = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()  # what the checkpoint lacks is told below
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         model, info = AutoModel.from_pretrained(
             path,
             dtype=dtype,
@@ -219,9 +253,7 @@ def _load(path: str, dtype: Any, pooling: str) -> tuple[Any, Any]:
             output_loading_info=True,
         )
     except Exception as error:
-        # transformers raises whatever the faulty file made it raise; the user needs place and reason.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise EncoderError(f"the encoder at {path} cannot be loaded: {reason[:300]}") from error
+        raise _unreadable(path, error) from error
     finally:
         transformers.utils.logging.set_verbosity(noise)
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from kgray.artifact import Artifact
 from kgray.artifact.manifest import sha256_stream
 from kgray.errors import EncoderError
 from kgray.text.config import MINILM, TextConfig
@@ -90,6 +91,31 @@ def find_encoder(text: TextConfig, hasher: Hasher = hash_files) -> EncoderPlace:
             return place
         tried.append(f"{how}: {problem}")
     raise EncoderError(_not_found(name, repo, tried))
+
+
+def local_place(text: TextConfig, place: EncoderPlace) -> EncoderPlace:
+    """The encoder on this node: the driver's place, else what the same search finds, which must be the same.
+
+    Raises EncoderError when there is none, or it is another.
+    """
+    if Path(place.path, "config.json").is_file():
+        return place
+    here = find_encoder(text, hash_files)
+    if here.files != place.files:
+        raise EncoderError(
+            f"{here.path} on this node is not the encoder {place.path} that the job was started with "
+            f"(sha256 {here.sha256[:12]}..., {place.sha256[:12]}...)"
+        )
+    return here
+
+
+def tuned_place(encoder: Artifact) -> EncoderPlace:
+    """The encoder in an ``encoder`` artifact, on this node; raises EncoderError where it does not hold one."""
+    folder = encoder.local_path("")
+    problem = folder_problem(folder)
+    if problem:
+        raise EncoderError(f"{encoder.uri} {problem}")
+    return _place(folder, f"the artifact encoder/{encoder.version}", hash_files)
 
 
 def looks_like_path(name: str) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import pickle
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from kgray.errors import EncoderError, UserError
 from kgray.text.config import TextConfig
 from kgray.text.encoder import TextEncoder
 from kgray.text.pieces import RELATION_PART, Piece, Unit, read_piece, unit_name, write_vectors
-from kgray.text.places import EncoderPlace, find_encoder, hash_files
+from kgray.text.places import EncoderPlace, local_place, tuned_place
 from kgray.text.reuse import Keys, Known, keys_table, text_keys
 from kgray.text.template import entity_texts, relation_texts, template_fields
 from kgray.text.vectors import Half
@@ -48,7 +47,8 @@ class Counts:
 @dataclass(frozen=True)
 class EmbedTask:
     """All an actor must know; small, since it travels to each. ``out``: where files go; ``resumable``:
-    whether a unit says in a file of its own that it is done."""
+    whether a unit says in a file of its own that it is done; ``tuned``: the artifact whose encoder reads, None for the
+    configured one."""
 
     text: TextConfig
     place: EncoderPlace
@@ -59,6 +59,7 @@ class EmbedTask:
     earlier: tuple[Artifact, ...]
     out: Draft
     resumable: bool
+    tuned: Artifact | None = None
 
 
 class EmbedUnits:
@@ -168,9 +169,10 @@ class EmbedUnits:
 
     def _loaded(self) -> TextEncoder:
         if self._encoder is None:
-            text = self._task.text
+            text, tuned = self._task.text, self._task.tuned
+            place = local_place(text, self._task.place) if tuned is None else tuned_place(tuned)
             self._encoder = TextEncoder(
-                self._local_place().path,
+                place.path,
                 pooling=text.pooling,
                 max_length=text.max_length,
                 normalise=text.normalise,
@@ -180,17 +182,3 @@ class EmbedUnits:
                 device=self._task.device,
             )
         return self._encoder
-
-    def _local_place(self) -> EncoderPlace:
-        """The encoder on this node: the driver's place, else what the same search finds, which must be the
-        same."""
-        place = self._task.place
-        if Path(place.path, "config.json").is_file():
-            return place
-        here = find_encoder(self._task.text, hash_files)
-        if here.files != place.files:
-            raise EncoderError(
-                f"{here.path} on this node is not the encoder {place.path} that the job was started with "
-                f"(sha256 {here.sha256[:12]}..., {place.sha256[:12]}...)"
-            )
-        return here

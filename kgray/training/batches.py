@@ -30,13 +30,22 @@ B = TypeVar("B")
 class StepMaker(ABC, Generic[B]):
     """Steps of one worker, whatever a batch of them holds.
 
-    triples: (T, 3) int64 training triples; known is built from the same array.
+    triples: (T, 3) int64 training triples; known is built from the same array. limit: triples an epoch, drawn anew for
+    each; None takes all.
     """
 
     def __init__(
-        self, triples: Int64, known: FilterIndex, batch_size: int, seed: int, rank: int = 0, world: int = 1
+        self,
+        triples: Int64,
+        known: FilterIndex,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        limit: int | None = None,
     ) -> None:
         self.triples = triples
+        self.per_epoch = len(triples) if limit is None else min(limit, len(triples))
         self.known = known
         self.batch_size, self.seed, self.rank, self.world = batch_size, seed, rank, world
         self._order: tuple[int, Int64] | None = None
@@ -44,7 +53,7 @@ class StepMaker(ABC, Generic[B]):
     @property
     def steps(self) -> int:
         """Steps an epoch, the same for every rank; the last one may be smaller."""
-        return -(-len(self.triples) // (self.batch_size * self.world))
+        return -(-self.per_epoch // (self.batch_size * self.world))
 
     @abstractmethod
     def make(self, epoch: int, step: int) -> B:
@@ -52,14 +61,18 @@ class StepMaker(ABC, Generic[B]):
 
     def _positions(self, epoch: int, step: int) -> Int64:
         """Positions of this rank's triples in the step; every triple is in exactly one batch an epoch."""
-        if self._order is None or self._order[0] != epoch:
-            generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, epoch])))
-            self._order = (epoch, generator.permutation(len(self.triples)))
-        size = self.batch_size * self.world
-        together = self._order[1][step * size : (step + 1) * size]
+        together = self._together(epoch, step)
         share = np.array_split(together, self.world)[self.rank]
         # A last step with fewer triples than workers: an empty batch would have no loss, so one is seen twice.
         return share if len(share) else together[:1]
+
+    def _together(self, epoch: int, step: int) -> Int64:
+        """Positions of all ranks' triples in the step."""
+        if self._order is None or self._order[0] != epoch:
+            generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, epoch])))
+            self._order = (epoch, generator.permutation(len(self.triples))[: self.per_epoch])
+        size = self.batch_size * self.world
+        return self._order[1][step * size : (step + 1) * size]
 
     def other_answers(
         self, heads: Int64, relations: Int64, tails: Int64, among: NDArray[np.bool_] | None = None

@@ -18,6 +18,8 @@ from kgray.artifact.filesystem import is_local, resolve
 from kgray.config import to_dict
 from kgray.errors import TrainingError, UserError
 from kgray.runtime import cluster_cpus, cluster_gpus, local_cores, worker_progress
+from kgray.text.config import TextConfig
+from kgray.text.places import EncoderPlace, local_place
 from kgray.training.config import PseudoConfig, TrainConfig
 from kgray.training.families import TrainableConfig, family_of
 
@@ -31,7 +33,10 @@ _NOT_IDENTITY = ("device", "cpus_per_worker", "max_failures", "checkpoint_steps"
 
 @dataclass(frozen=True)
 class Job:
-    """What every worker is told; small, as it travels to each of them."""
+    """What every worker is told; small, as it travels to each of them.
+
+    vectors: the artifact the model reads, if any; text: what an encoder that learns itself reads, and where it lies.
+    """
 
     draft: Draft
     graph: Artifact
@@ -39,7 +44,8 @@ class Job:
     model: TrainableConfig
     train: TrainConfig
     info: Mapping[str, Any]
-    lesson: Lesson | None
+    text: tuple[TextConfig, EncoderPlace] | None = None
+    lesson: Lesson | None = None
 
 
 @dataclass(frozen=True)
@@ -60,11 +66,15 @@ def train_recipe(
 ) -> Recipe:
     """What a ``model`` artifact depends on; the number of workers counts, as it sets the global batch."""
     inputs = (graph.source,) if vectors is None else (graph.source, vectors.source)
-    config = {family_of(model).section: to_dict(model)}
-    config["train"] = {k: v for k, v in to_dict(train).items() if k not in _NOT_IDENTITY}
+    config = {family_of(model).section: to_dict(model), "train": identity(train)}
     if lesson is not None:
         inputs, config["pseudo"] = (*inputs, lesson.teacher.source), to_dict(lesson.pseudo)
     return Recipe("model", FORMAT, inputs, config)
+
+
+def identity(train: TrainConfig) -> dict[str, Any]:
+    """What of it decides the weights."""
+    return {k: v for k, v in to_dict(train).items() if k not in _NOT_IDENTITY}
 
 
 def train(
@@ -85,20 +95,26 @@ def train(
     Raises TrainingError for a loss that is not finite or a cluster too small, ConfigError for a model that does not
     fit the data, and Ray's TrainingFailedError when workers fail more than ``train.max_failures`` times.
     """
+    info = {"train": to_dict(train), "vectors": None if vectors is None else vectors.version}
+    job = Job(draft, graph, vectors, model, train, info, lesson=lesson)
+    return run_workers(store, train_recipe(store, model, train, graph, vectors, lesson).version, job, on_metrics)
+
+
+def run_workers(store: Store, run: str, job: Job, on_metrics: OnMetrics | None) -> dict[str, Any]:
+    """Do a job on the connected Ray cluster; returns the counts of the artifact written. run: a name that only the same
+    job has, by which it finds its checkpoints. Raises as :func:`train` does."""
     from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig
     from ray.train.torch import TorchTrainer
 
-    recipe = train_recipe(store, model, train, graph, vectors, lesson)
+    train = job.train
     place = store.scratch(_RUNS)
     filesystem, path = (None, place) if is_local(place) else resolve(place)
-    info = {"train": to_dict(train), "vectors": None if vectors is None else vectors.version}
-    job = Job(draft, graph, vectors, model, train, info, lesson)
     trainer = TorchTrainer(
         _loop,
         train_loop_config={"job": job},
         scaling_config=_scaling(train),
         run_config=RunConfig(
-            name=recipe.version,
+            name=run,
             storage_path=path,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=train.max_failures),
@@ -111,7 +127,7 @@ def train(
     if "user_error" in outcome:
         # The run is over, and a changed configuration is another run: its checkpoints would never be read.
         raise outcome["user_error"]
-    store.drop_scratch(f"{_RUNS}/{recipe.version}")
+    store.drop_scratch(f"{_RUNS}/{run}")
     return dict(outcome["counts"])
 
 
@@ -172,13 +188,13 @@ def _loop(config: dict[str, Any]) -> dict[str, Any]:
     try:
         worker = RayWorker("cuda" if ray.train.torch.get_device().type == "cuda" else "cpu")
         worker.device = ray.train.torch.get_device()
-        graph, vectors = _inputs(job)
+        graph, read = _inputs(job)
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is None:
-            done: Fit = fit(graph, vectors, job.model, job.train, worker)
+            done: Fit = fit(graph, read, job.model, job.train, worker)
         else:
             with checkpoint.as_directory() as folder:
-                done = fit(graph, vectors, job.model, job.train, worker, resume=Path(folder))
+                done = fit(graph, read, job.model, job.train, worker, resume=Path(folder))
         counts = _write(job, graph, done) if worker.rank == 0 else {}
     except UserError as error:
         # A wrong configuration fails the same way on every worker and every attempt: returned, it is not retried.
@@ -189,10 +205,14 @@ def _loop(config: dict[str, Any]) -> dict[str, Any]:
 def _inputs(job: Job) -> tuple[Any, Any]:
     from kgray.graph.graph import Graph
     from kgray.model.bundle import Bundle
+    from kgray.text.tokens import read_texts
     from kgray.text.vectors import load_vectors
     from kgray.training.pseudo import pseudo_labels
 
     graph = Graph.load(job.graph)
+    if job.text is not None:
+        text, place = job.text
+        return graph, read_texts(job.graph, text, local_place(text, place).path)
     if job.lesson is not None:
         teacher = Bundle.load(job.lesson.teacher)
         graph = graph.with_pseudo(pseudo_labels(teacher.scorer, graph, job.lesson.pseudo))

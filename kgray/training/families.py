@@ -8,8 +8,9 @@ from typing import TypeAlias
 from kgray.model.config import ModelConfig
 from kgray.model.paths_config import PathsConfig
 from kgray.model.relations_config import RelationsConfig
+from kgray.text.tuning_config import TuningConfig
 
-TrainableConfig: TypeAlias = ModelConfig | PathsConfig | RelationsConfig
+TrainableConfig: TypeAlias = ModelConfig | PathsConfig | RelationsConfig | TuningConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,7 @@ _FAMILIES: dict[type, Family] = {
     ModelConfig: Family("model", "kgray.training.fused_task:FusedTask"),
     PathsConfig: Family("paths", "kgray.training.paths_task:PathsTask"),
     RelationsConfig: Family("relations", "kgray.training.relations_task:RelationsTask"),
+    TuningConfig: Family("tuning", "kgray.training.encoder_task:EncoderTask"),
 }
 
 

@@ -26,9 +26,10 @@ from kgray.evaluation.ranking import filter_splits, rank_triples
 from kgray.graph.graph import Graph
 from kgray.graph.neighbours import Int64
 from kgray.model.bundle import Scorer
-from kgray.precision import computes_bfloat16
+from kgray.text.tokens import Texts
 from kgray.text.vectors import Vectors
 from kgray.training.adversarial import shifted, watched
+from kgray.training.autocast import autocast_dtype
 from kgray.training.checkpoint import Position, load_checkpoint, save_checkpoint
 from kgray.training.config import TrainConfig
 from kgray.training.families import TrainableConfig
@@ -62,7 +63,7 @@ class Trainer:
     """One run of the loop on one worker."""
 
     def __init__(
-        self, graph: Graph, vectors: Vectors | None, model: TrainableConfig, train: TrainConfig, worker: Worker
+        self, graph: Graph, read: Vectors | Texts | None, model: TrainableConfig, train: TrainConfig, worker: Worker
     ) -> None:
         if not len(graph.triples["train"]):
             raise TrainingError(f"graph {graph.version} has no training triples: nothing to learn from")
@@ -72,7 +73,7 @@ class Trainer:
                 "the best epoch is chosen by them"
             )
         self.graph, self.config, self.worker = graph, train, worker
-        self.task = make_task(graph, vectors, model, train, worker)
+        self.task = make_task(graph, read, model, train, worker)
         self.model, self.batches = self.task.model, self.task.batches
         self.entity_inputs = self.task.entity_inputs()
         if train.adversarial and not self.entity_inputs:
@@ -123,6 +124,9 @@ class Trainer:
     def fit(self) -> Fit:
         """Train until the epochs or the patience run out; raises TrainingError on a non-finite loss."""
         at = self.position
+        if self.task.pretrained and not at.history:
+            at.history.append({"epoch": -1.0, **self._validate()})
+            self.worker.say("before training: %s %.4f", self.metric, at.best)
         while at.epoch < self.config.epochs and at.stale < self.config.patience:
             started = time.monotonic()
             self._epoch()
@@ -195,12 +199,7 @@ class Trainer:
         # All workers stop together: one that went on would wait in the next exchange for ever.
         broken = next((b for b in self.worker.gather(broken) if b), "")
         if broken:
-            optimiser = self.config.optimiser
-            raise TrainingError(
-                f"the loss became non-finite at {broken}: lower train.optimiser.lr (now {optimiser.lr}) or "
-                f"train.optimiser.table_lr (now {optimiser.table_lr}), set train.optimiser.clip_norm (now "
-                f"{optimiser.clip_norm}), or train.precision=float32"
-            )
+            raise TrainingError(f"the loss became non-finite at {broken}: {self.task.remedy(self.config)}")
 
     def _validate(self) -> dict[str, float]:
         at = self.position
@@ -260,16 +259,9 @@ _NOT_IDENTITY = ("workers", "device", "cpus_per_worker", "max_failures", "checkp
 """Keys of TrainConfig that say where and how safely a run happens, not what it computes."""
 
 
-def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """bfloat16 or None for plain float32."""
-    if precision == "float32" or (precision == "auto" and device.type == "cpu" and not computes_bfloat16()):
-        return None
-    return torch.bfloat16
-
-
 def fit(
     graph: Graph,
-    vectors: Vectors | None,
+    read: Vectors | Texts | None,
     model: TrainableConfig,
     train: TrainConfig,
     worker: Worker | None = None,
@@ -277,9 +269,10 @@ def fit(
 ) -> Fit:
     """Train on one worker; call it directly in a notebook or a script, or under Ray Train with its worker.
 
+    read: what the model reads besides the graph: text vectors, or (where the encoder itself learns) texts.
     resume: the folder of a checkpoint of the same run, or None to start.
     """
-    trainer = Trainer(graph, vectors, model, train, worker or Worker(train.device))
+    trainer = Trainer(graph, read, model, train, worker or Worker(train.device))
     if resume is not None:
         trainer.resume(resume)
     return trainer.fit()

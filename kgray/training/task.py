@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kgray.graph.graph import Graph
 from kgray.model.bundle import Scorer
+from kgray.text.tokens import Texts
 from kgray.text.vectors import Vectors
 from kgray.training.batches import StepMaker
 from kgray.training.config import TrainConfig
@@ -35,18 +36,22 @@ class Task(ABC, Generic[B, S]):
 
     model: with seeded initial weights, on the worker's device. batches: its steps. Making a task may draw from torch's
     generator only after seeding it with ``train.seed``. validated: the queries by whose MRR the best epoch is chosen.
+    pretrained: whether the weights it begins with already answer; they are then validated too, and kept where no epoch
+    makes them better.
     """
 
     validated: ClassVar[tuple[str, ...]] = ("tail", "head")
     model: nn.Module
     batches: StepMaker[B]
+    pretrained = False
 
     @classmethod
     @abstractmethod
-    def make(
-        cls, graph: Graph, vectors: Vectors | None, config: Any, train: TrainConfig, worker: Worker
-    ) -> Task[Any, Any]:
-        """The task of this configuration; raises ConfigError where it does not fit the data."""
+    def make(cls, graph: Graph, read: Any, config: Any, train: TrainConfig, worker: Worker) -> Task[Any, Any]:
+        """The task of this configuration; raises ConfigError where it does not fit the data.
+
+        read: what the family reads besides the graph: Vectors, Texts, or None for nothing.
+        """
 
     @abstractmethod
     def loss(self, batch: B) -> tuple[Tensor, dict[str, Tensor]]:
@@ -71,6 +76,14 @@ class Task(ABC, Generic[B, S]):
         """
         return self.scorer(), best
 
+    def remedy(self, train: TrainConfig) -> str:
+        """What to set when the loss becomes non-finite."""
+        optimiser = train.optimiser
+        return (
+            f"lower train.optimiser.lr (now {optimiser.lr}) or train.optimiser.table_lr (now {optimiser.table_lr}), "
+            f"set train.optimiser.clip_norm (now {optimiser.clip_norm}), or train.precision=float32"
+        )
+
     @abstractmethod
     def write(
         self,
@@ -80,13 +93,13 @@ class Task(ABC, Generic[B, S]):
         history: Sequence[Mapping[str, Any]],
         info: Mapping[str, Any],
     ) -> None:
-        """Write every file of the ``model`` artifact."""
+        """Write every file of the artifact."""
 
 
 def make_task(
-    graph: Graph, vectors: Vectors | None, config: TrainableConfig, train: TrainConfig, worker: Worker
+    graph: Graph, read: Vectors | Texts | None, config: TrainableConfig, train: TrainConfig, worker: Worker
 ) -> Task[Any, Any]:
     """The task of whichever family the configuration is of."""
     module, _, name = family_of(config).task.partition(":")
     task: type[Task[Any, Any]] = getattr(importlib.import_module(module), name)
-    return task.make(graph, vectors, config, train, worker)
+    return task.make(graph, read, config, train, worker)

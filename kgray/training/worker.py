@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,17 @@ class Worker:
         dist.all_gather_object(values, value)
         return values
 
+    def gather_rows(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """The rows of all ranks, in rank order; (sum of counts, d) from (counts[rank], d).
+
+        A row's gradient is the sum of what all ranks' losses ask of it, so that after :meth:`average_gradients` the
+        weights move as if one worker had computed the mean of those losses. Every rank must call backward.
+        """
+        if self.world == 1:
+            return rows
+        gathered: Tensor = _GatherRows.apply(rows, tuple(counts), self.rank)  # type: ignore[no-untyped-call]
+        return gathered
+
     def average_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Replace every gradient by its mean over the workers; row-sparse ones stay sparse.
 
@@ -72,16 +83,34 @@ class Worker:
         counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(self.world)]
         dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
         longest = int(max(int(c) for c in counts))
-        all_rows = self._all_gather(rows, longest)
-        all_values = self._all_gather(values, longest)
+        all_rows = _all_gather(rows, longest)
+        all_values = _all_gather(values, longest)
         keep = [slice(0, int(c)) for c in counts]
         together = torch.cat([r[k] for r, k in zip(all_rows, keep, strict=True)])
         summed = torch.cat([v[k] for v, k in zip(all_values, keep, strict=True)]) / self.world
         return torch.sparse_coo_tensor(together[None], summed, grad.shape, check_invariants=False).coalesce()
 
-    def _all_gather(self, part: Tensor, longest: int) -> list[Tensor]:
-        padded = part.new_zeros((longest, *part.shape[1:]))
-        padded[: len(part)] = part
-        parts = [torch.empty_like(padded) for _ in range(self.world)]
-        dist.all_gather(parts, padded)
-        return parts
+
+class _GatherRows(torch.autograd.Function):
+    """See :meth:`Worker.gather_rows`."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, counts: tuple[int, ...], rank: int) -> Tensor:  # type: ignore[override]
+        ctx.own = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+        parts = _all_gather(rows, max(counts))
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad[ctx.own], None, None
+
+
+def _all_gather(part: Tensor, longest: int) -> list[Tensor]:
+    """The (n, ...) parts of all ranks, n at most ``longest``, each padded to it."""
+    padded = part.new_zeros((longest, *part.shape[1:]))
+    padded[: len(part)] = part
+    parts = [torch.empty_like(padded) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, padded)
+    return parts

@@ -22,9 +22,10 @@ def graph_artifact(
     relations: Sequence[tuple[str, str]] = (("is_a", ""),),
     parts: int = 2,
     row_group: int = 1000,
+    triples: Mapping[str, Sequence[tuple[int, int, int]]] | None = None,
 ) -> Artifact:
-    """A graph without triples. ``rows``: external_id, and name, description or any other column (missing:
-    empty); ``relations``: (external_id, description)."""
+    """A graph, without triples where none are given (by split, as ids). ``rows``: external_id, and name, description or
+    any other column (missing: empty); ``relations``: (external_id, description)."""
     columns = sorted({"external_id", "name", "description", "type"}.union(*rows))
     bounds = [len(rows) * at // parts for at in range(parts + 1)]
     spans = list(itertools.pairwise(bounds))
@@ -46,12 +47,18 @@ def graph_artifact(
                 }
             ),
         )
+        for split, facts in (triples or {}).items():
+            ids = zip(*facts, strict=True) if facts else ((), (), ())
+            named = zip(("head", "relation", "tail"), ids, strict=True)
+            table = pa.table({name: pa.array(list(column), pa.int64()) for name, column in named})
+            draft.write_table(f"triples/{split}/part-00000.parquet", table)
         draft.write_json("partitions.json", {"entities": [list(span) for span in spans]})
         return {"entities": len(rows), "relations": len(relations), "partitions": parts}
 
-    recipe = Recipe(
-        "graph", 1, (), {"rows": [dict(row) for row in rows], "relations": list(relations), "parts": parts}
-    )
+    content = {"rows": [dict(row) for row in rows], "relations": list(relations), "parts": parts}
+    if triples is not None:
+        content["triples"] = {split: [list(fact) for fact in facts] for split, facts in triples.items()}
+    recipe = Recipe("graph", 1, (), content)
     return store.build(recipe, make).artifact
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from tiny_encoders import WORDS, save_encoder, tiny_bert
+
 from kgray.errors import ConfigError, EncoderError
 from kgray.text.config import TextConfig
 from kgray.text.encoder import TextEncoder, find_encoder, plan_batches, resolve_precision
 
-WORDS = [f"w{i}" for i in range(40)]
 TEXTS = ["w1", "w2 w3", "w1 w2 w3 w4 w5", "w9 w8 w7", " ".join(WORDS), "", "w5 unknown w6", "w1"]
 
 
@@ -55,33 +59,12 @@ def test_precision_is_automatic_only_where_asked() -> None:
 def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     """Saves a tiny random encoder with a word tokenizer, and gives its directory."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
 
     def save(model: Any, pad: bool = True, special: bool = True) -> str:
-        vocabulary = {word: at for at, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
-        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-        if special:
-            tokenizer.post_processor = processors.TemplateProcessing(
-                single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-            )
-        names = {"unk_token": "[UNK]", "eos_token": "[SEP]"} | ({"pad_token": "[PAD]"} if pad else {})
-        folder = tmp_path_factory.mktemp("encoder")
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
-        model.save_pretrained(folder)
-        return str(folder)
+        return save_encoder(tmp_path_factory.mktemp("encoder"), model, pad, special)
 
     torch.manual_seed(0)
     return save
-
-
-def tiny_bert(**options: Any) -> Any:
-    from transformers import BertConfig, BertModel
-
-    size = {"vocab_size": 44, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = BertConfig(**size, intermediate_size=64, max_position_embeddings=64, initializer_range=0.3)
-    return BertModel(config, **options)
 
 
 def one_by_one(path: str, texts: list[str], pooling: str, max_length: int = 128) -> np.ndarray[Any, Any]:
