@@ -18,6 +18,7 @@ from torch.nn.functional import embedding_bag
 from kgray.graph.neighbours import Int64
 from kgray.model.pair_features import Bag, PairIndex
 from kgray.model.relations_config import RelationsConfig
+from kgray.model.towers import Table
 
 UNLIKELY = -1e4
 """Instead of minus infinity, which has no gradient under bfloat16."""
@@ -89,14 +90,14 @@ class RelationModel(nn.Module):
         self.around = nn.ModuleList([nn.Linear(2 * num_relations, d) for _ in range(2)])
         views = 2
         if config.identity:
-            self.entities = nn.Embedding(num_entities, d, sparse=True)
+            self.entities = Table(num_entities, d, sparse=True)
             nn.init.normal_(self.entities.weight, std=0.1)
             views += 3
         if num_bodies:
             # The last one stands for "no path at all", so that no pair is without.
-            self.bodies = nn.Embedding(num_bodies + 1, d, sparse=True)
+            self.bodies = Table(num_bodies + 1, d, sparse=True)
             nn.init.normal_(self.bodies.weight, std=0.1)
-            self.attention = nn.Embedding(num_bodies + 1, 1, sparse=True)
+            self.attention = Table(num_bodies + 1, 1, sparse=True)
             nn.init.zeros_(self.attention.weight)
             views += 1
         if text_dim:
