@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from model_graphs import ONE_VS_ALL, RELATIONS, SMALL, graph
 
 from kgray.model import softmax
-from kgray.model.config import ModelConfig
+from kgray.model.config import ModelConfig, ObjectiveConfig
 from kgray.model.fused import Neighbourhood
 from kgray.model.objectives import Batch, entity_loss
 from kgray.model.softmax import product_softmax_loss
@@ -51,7 +51,8 @@ def plainly(
 ) -> Tensor:
     nowhere = Neighbourhood(torch.arange(CANDIDATES), [])
     batch = Batch(nowhere, gold, gold, gold, *known, log_inclusion)
-    return entity_loss((queries @ candidates.T).float(), batch, label_smoothing)
+    scores = (queries @ candidates.T).float()
+    return entity_loss(scores, batch, ObjectiveConfig(label_smoothing=label_smoothing))
 
 
 @pytest.fixture(params=["whole", "in parts"])
