@@ -25,6 +25,7 @@ from kgray.model.fused import States
 from kgray.model.gate import Gate, Queries, TrainingFacts, part_of, row_features
 from kgray.model.newcomer import FusedNewcomers, Newcomer, Part
 from kgray.model.states import StateScorer
+from kgray.text.places import EncoderPlace, tuned_place
 from kgray.text.same import SameEncoder
 from kgray.text.vectors import Half, load_vectors
 
@@ -73,7 +74,10 @@ class Newcomers:
         read.
         """
         new = [part for part in (first, second) if isinstance(part, Newcomer)]
-        able = {name: one for name, one in self.members.items() if all(map(one.knows, new))}
+        asked = {name: one for name, one in self.members.items() if task in one.scorer.tasks}
+        if self.members and not asked:
+            raise NoNewcomersError(f"this model has no member that tells the {task} of a new entity")
+        able = {name: one for name, one in asked.items() if all(map(one.knows, new))}
         if not able:
             raise NoNewcomersError(self._why())
         rows: dict[str, Tensor] = {}
@@ -85,7 +89,7 @@ class Newcomers:
         return NewAnswer(torch.stack(list(addends.values())).sum(0), addends)
 
     def _why(self) -> str:
-        if not self.members:
+        if all(one.model.text is None and one.model.gnn is None for one in self.members.values()):
             return "this model has no member that makes an entity of text and facts"
         return "this model reads no text: a new entity needs facts"
 
@@ -122,6 +126,12 @@ def _features(gate: Gate, rows: Mapping[str, Tensor]) -> Tensor | None:
     return torch.stack(found)[None]
 
 
+def _tuned(vectors: Artifact) -> Callable[[], EncoderPlace] | None:
+    """Where to find the ``encoder`` artifact that read the texts; None where it was the configured encoder itself."""
+    source = next((source for source in vectors.inputs if source.kind == "encoder"), None)
+    return None if source is None else lambda: tuned_place(locate(vectors, source.to_dict()))
+
+
 class _Inputs:
     """What fused models were made from, each read once however many members share it."""
 
@@ -148,7 +158,7 @@ class _Inputs:
         if artifact.uri not in self._vectors:
             vectors = load_vectors(artifact)
             own = torch.from_numpy(np.array(vectors.entities)), torch.from_numpy(np.array(vectors.relations))
-            self._vectors[artifact.uri] = (SameEncoder(vectors.index), *own)
+            self._vectors[artifact.uri] = (SameEncoder(vectors.index, _tuned(artifact)), *own)
         return self._vectors[artifact.uri]
 
     def _facts(self, artifact: Artifact) -> NeighbourIndex:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kgray.errors import EncoderError
 from kgray.text.config import TextConfig
-from kgray.text.places import find_encoder
+from kgray.text.places import EncoderPlace, find_encoder
 from kgray.text.template import entity_texts, template_fields
 from kgray.text.vectors import Half
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 class SameEncoder:
     """The encoder of a vectors artifact, loaded when the first text is read. Thread-safe.
 
-    index: the artifact's index.json. Only local places are searched: the directory it named, the Hugging Face cache,
-    the minilm extra.
+    index: the artifact's index.json. find: where the encoder lies, asked when it is loaded; if None only local places
+    are searched: the directory the index names, the Hugging Face cache, the minilm extra.
     """
 
-    def __init__(self, index: Mapping[str, Any]) -> None:
-        self.index = index
+    def __init__(self, index: Mapping[str, Any], find: Callable[[], EncoderPlace] | None = None) -> None:
+        self.index, self._find = index, find
         self._lock = threading.Lock()
         self._encoder: TextEncoder | None = None
         self._last: tuple[str, Half] | None = None  # an entity is often asked about again, with other facts
@@ -58,7 +58,8 @@ class SameEncoder:
             from kgray.text.encoder import TextEncoder
 
             index = self.index
-            place = find_encoder(TextConfig(encoder=index["encoder"], offline=True))
+            found = self._find
+            place = find_encoder(TextConfig(encoder=index["encoder"], offline=True)) if found is None else found()
             if place.sha256 != index["encoder_sha256"]:
                 raise EncoderError(
                     f"the encoder {index['encoder']} at {place.path} is not the one that read the graph's texts "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from safetensors.torch import load_file, save_file
 
 from kgray.artifact import Artifact, Draft, Recipe, Store
 from kgray.graph.graph import SPLITS, Graph
@@ -21,7 +23,7 @@ from kgray.model.paths import PathModel
 from kgray.model.paths_config import PathsConfig
 from kgray.text.config import TextConfig
 from kgray.text.encoder import TextEncoder
-from kgray.text.places import find_encoder
+from kgray.text.places import find_encoder, tuned_place
 from kgray.text.template import entity_texts, relation_texts
 from kgray.text.vectors import INDEX, RELATIONS, entities_file, load_vectors
 from kgray.training.config import OptimiserConfig, TrainConfig
@@ -100,9 +102,25 @@ def graph_artifact(store: Store) -> Artifact:
 _ENDS = ("head", "relation", "tail")
 
 
-def vectors_artifact(store: Store, graph: Artifact, encoder: str) -> Artifact:
+def encoder_artifact(store: Store, graph: Artifact, encoder: str) -> Artifact:
+    """The encoder as if it had been tuned."""
+
     def make(draft: Draft) -> dict[str, Any]:
-        reader = TextEncoder(encoder, max_length=32, precision="float32")
+        folder = draft.local_dir()
+        shutil.copytree(encoder, folder, dirs_exist_ok=True)
+        file = folder / "model.safetensors"
+        save_file({name: value * 1.5 for name, value in load_file(file).items()}, file, {"format": "pt"})
+        draft.upload_local()
+        draft.drop_local()
+        return {}
+
+    return store.build(Recipe("encoder", 1, (graph.source,), {}), make).artifact
+
+
+def vectors_artifact(store: Store, graph: Artifact, encoder: str, tuned: Artifact | None = None) -> Artifact:
+    def make(draft: Draft) -> dict[str, Any]:
+        place = find_encoder(TextConfig(encoder=encoder)) if tuned is None else tuned_place(tuned)
+        reader = TextEncoder(place.path, max_length=32, precision="float32")
         entities = reader.encode(entity_texts(columns(), TEMPLATE)).vectors.astype(np.float16)
         names = {"name": ["in", "next"], "description": ["", ""]}
         relations = reader.encode(relation_texts(names, "{name}: {description}")).vectors.astype(np.float16)
@@ -112,12 +130,13 @@ def vectors_artifact(store: Store, graph: Artifact, encoder: str) -> Artifact:
         draft.upload_local()
         draft.drop_local()
         index = {"dim": 32, "relations": 2, "encoder": encoder, "pooling": "mean", "normalise": True}
-        index |= {"encoder_sha256": find_encoder(TextConfig(encoder=encoder)).sha256, "precision": "float32"}
+        index |= {"encoder_sha256": place.sha256, "precision": "float32"}
         index |= {"max_length": 32, "template": TEMPLATE}
         draft.write_json(INDEX, index | {"parts": [{"file": entities_file(0), "start": 0, "end": len(entities)}]})
         return {}
 
-    return store.build(Recipe("vectors", 1, (graph.source,), {}), make).artifact
+    inputs = (graph.source,) if tuned is None else (graph.source, tuned.source)
+    return store.build(Recipe("vectors", 1, inputs, {}), make).artifact
 
 
 def model_artifact(store: Store, graph: Artifact, vectors: Artifact | None, config: ModelConfig = CONFIG) -> Artifact:

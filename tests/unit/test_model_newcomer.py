@@ -206,6 +206,22 @@ def test_a_member_without_a_say_answers_where_no_other_can() -> None:
     torch.testing.assert_close(answer.scores, members["fused"].score("tail", members["fused"].states(Newcomer("5")), 1))
 
 
+def test_what_no_member_can_tell_is_told() -> None:
+    config = replace(SMALL, decoder="mlp", objective=replace(SMALL.objective, relation_weight=0.0))
+    data, model = trained(config)
+    new = Newcomers({"fused": FusedNewcomers(model, scorer_of(model, data.message_index()), read)})
+    with pytest.raises(NoNewcomersError, match="tells the relation"):
+        new.answer("relation", Newcomer("5"), 3)
+    assert len(new.answer("tail", Newcomer("5"), 1).scores) == ENTITIES
+
+
+def test_a_model_of_structure_alone_knows_nothing_new() -> None:
+    data, model = trained(ablation(replace(SMALL, gnn=GnnConfig(kind="none")), "graph_only"))
+    new = Newcomers({"fused": FusedNewcomers(model, scorer_of(model, data.message_index()), None)})
+    with pytest.raises(NoNewcomersError, match="no member"):
+        new.answer("tail", Newcomer("x", "", np.array([[NEW, 0, 3]])), 0)
+
+
 def test_nothing_known_is_told() -> None:
     data, model = trained(ablation(SMALL, "graph_only"))
     scorer = scorer_of(model, data.message_index())

@@ -16,6 +16,7 @@ from newcomer_store import (
     CONFIG,
     KINDS,
     columns,
+    encoder_artifact,
     ensemble_artifact,
     graph_artifact,
     model_artifact,
@@ -237,6 +238,20 @@ def test_the_encoder_must_be_the_one_that_read_the_graph(world: World) -> None:
     assert not SameEncoder(index).entity(" ", "").any()
     with pytest.raises(EncoderError, match="is not the one"):
         SameEncoder(index | {"encoder_sha256": "0" * 64}).entity("w1", "")
+
+
+def test_a_tuned_encoder_reads_new_texts_as_it_read_the_graphs(world: World) -> None:
+    tuned = encoder_artifact(world.store, world.graph, world.encoder)
+    vectors = vectors_artifact(world.store, world.graph, world.encoder, tuned)
+    model = model_artifact(world.store, world.graph, vectors, ablation(CONFIG, "text_only"))
+    predictor, table = load_predictor(model.uri), columns()
+    scorer = predictor.bundle.scorer  # type: ignore[attr-defined]
+    (answer,) = predictor.predict([Query(NewEntity(table["name"][5], table["description"][5]), "in", None, 33)])
+    assert isinstance(answer, Ranking)
+    want = scorer.score_tails(torch.tensor([5]), torch.tensor([0]))[0]
+    for one in answer.predictions:
+        assert one.score == pytest.approx(float(want[predictor.entities.find("tail", one.id).index]), abs=0.05)
+    assert not np.allclose(load_vectors(vectors).entities[5], load_vectors(world.vectors).entities[5], atol=0.02)
 
 
 def options(**given: Any) -> argparse.Namespace:
