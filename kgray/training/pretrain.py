@@ -20,7 +20,10 @@ _DECIDES = ("pooling", "max_length", "template", "relation_template")
 
 
 def pretrain_config(tuning: TuningConfig, train: TrainConfig) -> TrainConfig:
-    """How the loop trains the encoder: as ``tuning`` says, where and how safely as ``train`` does."""
+    """How the loop trains the encoder: as ``tuning`` says, where and how safely as ``train`` does.
+
+    ``train.adversarial`` is of models with vectors of entities; an encoder has none to move.
+    """
     return replace(
         train,
         epochs=tuning.epochs,
@@ -29,6 +32,7 @@ def pretrain_config(tuning: TuningConfig, train: TrainConfig) -> TrainConfig:
         optimiser=OptimiserConfig(
             lr=tuning.lr, weight_decay=tuning.weight_decay, warmup=tuning.warmup, schedule="linear"
         ),
+        adversarial=0.0,
         seed=tuning.seed,
         evaluate_every=1,
         patience=tuning.patience,

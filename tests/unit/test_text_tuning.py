@@ -34,6 +34,7 @@ from kgray.text.tuning_config import TuningConfig
 from kgray.training.config import OptimiserConfig, TrainConfig
 from kgray.training.encoder_task import ContrastiveMaker, EncoderTask
 from kgray.training.loop import METRIC, Trainer, fit
+from kgray.training.pretrain import pretrain_config
 from kgray.training.worker import Worker
 
 N, R = 30, 2
@@ -419,6 +420,12 @@ def test_mistakes_are_told(folder: str, texts: Texts, monkeypatch: pytest.Monkey
     for wrong in ({"layers": 0}, {"lr": 0.0}, {"word_dropout": 1.0}, {"margin": -1.0}, {"epoch_triples": 0}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             replace(LAST, **wrong)
+
+
+def test_what_other_models_are_trained_with_is_not_the_encoders() -> None:
+    """FGM moves vectors of entities: a train section with it must not stop the encoder, which has none."""
+    assert pretrain_config(LAST, replace(TRAIN, adversarial=0.5)).adversarial == 0.0
+    assert pretrain_config(LAST, replace(TRAIN, adversarial=0.5)) == pretrain_config(LAST, TRAIN)
 
 
 def test_the_step_is_there_only_where_it_is_asked_for(tmp_path: Path) -> None:
