@@ -26,6 +26,7 @@ class Graph:
 
     triples: for each split, support too, (n, 3) int64 of head, relation, tail.
     undirected: whether a fact holds both ways round; it stands here once, either way.
+    held_out: whether entities are held out of training as a whole, be any of their facts support or not.
     entity_ids, entity_names: pyarrow string arrays of N entries in dense-id order; relations alike.
     """
 
@@ -38,6 +39,7 @@ class Graph:
     relation_names: pa.ChunkedArray = field(repr=False)
     version: str = ""
     undirected: bool = False
+    held_out: bool = False
 
     @classmethod
     def load(cls, artifact: Artifact) -> Graph:
@@ -66,6 +68,7 @@ class Graph:
             relation_names=relations["name"],
             version=artifact.version,
             undirected=bool(artifact.counts.get("undirected", 0)),
+            held_out=f"triples_{SUPPORT}" in artifact.counts,
         )
 
     @classmethod
@@ -77,7 +80,10 @@ class Graph:
         entity_names: Sequence[str] | None = None,
         relation_names: Sequence[str] | None = None,
     ) -> Graph:
-        """A graph from (n, 3) arrays by split; missing splits are empty, missing names are the ids."""
+        """A graph from (n, 3) arrays by split; missing splits are empty, missing names are the ids.
+
+        With support, even empty, entities are held out.
+        """
         entities = pa.chunked_array([pa.array([f"e{i}" for i in range(num_entities)], pa.string())])
         relations = pa.chunked_array([pa.array([f"r{i}" for i in range(num_relations)], pa.string())])
         full = {s: np.asarray(triples.get(s, ()), dtype=np.int64).reshape(-1, 3) for s in (*SPLITS, SUPPORT, PSEUDO)}
@@ -89,6 +95,7 @@ class Graph:
             entity_names=pa.chunked_array([pa.array(entity_names)]) if entity_names else entities,
             relation_ids=relations,
             relation_names=pa.chunked_array([pa.array(relation_names)]) if relation_names else relations,
+            held_out=SUPPORT in triples,
         )
 
     def message_index(self) -> NeighbourIndex:
@@ -123,7 +130,7 @@ class Graph:
     def trained_entities(self) -> Int64 | None:
         """Ids of the entities with a training triple where others are held out of training as a whole, which must not
         even be its negatives; None where none is."""
-        if not len(self.triples[SUPPORT]):
+        if not self.held_out:
             return None
         train = self.triples["train"]
         return np.unique(np.concatenate([train[:, 0], train[:, 2]]))

@@ -23,9 +23,11 @@ def pseudo_labels(teacher: Scorer, graph: Graph, config: PseudoConfig) -> Int64:
 
     Queries (entity, relation, direction) are drawn with relation and direction as frequent as in training and the
     entity any that training has; what is sure is a high softmax probability of the best answer, training's own answers
-    left out. Depends on the teacher, the training triples and ``config`` alone.
+    left out; entities held out of training are none. Depends on the teacher, the training triples and ``config`` alone.
     """
     train, n = graph.triples["train"], graph.num_entities
+    trained = graph.trained_entities()
+    held_out = np.empty(0, dtype=np.int64) if trained is None else np.setdiff1d(np.arange(n), trained)
     wanted = int(config.share * len(train))
     generator = np.random.default_rng(config.seed)
     relations = train[generator.integers(0, len(train), config.queries), 1]
@@ -43,11 +45,14 @@ def pseudo_labels(teacher: Scorer, graph: Graph, config: PseudoConfig) -> Int64:
             scores = (teacher.score_heads(rt, et) if back else teacher.score_tails(et, rt)).float()
             row, other = known.heads(r, e) if back else known.tails(e, r)
             scores[torch.from_numpy(row), torch.from_numpy(other)] = float("-inf")
+            scores[:, torch.from_numpy(held_out)] = float("-inf")
             best = scores.max(dim=1)
             sure.append((best.values - scores.logsumexp(dim=1)).numpy())
             answer = best.indices.numpy()
             found.append(np.stack([answer, r, e] if back else [e, r, answer], axis=1))
-    order = np.argsort(-np.concatenate(sure), kind="stable")
-    triples = np.concatenate(found)[order]
+    certainty = np.concatenate(sure)
+    order = np.argsort(-certainty, kind="stable")
+    # A query whose answers are all known has none left, and a certainty that is no number.
+    triples = np.concatenate(found)[order[np.isfinite(certainty[order])]]
     _, first = np.unique(triples, axis=0, return_index=True)
     return triples[np.sort(first)][:wanted]

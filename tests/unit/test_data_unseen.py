@@ -112,6 +112,8 @@ def test_equals_the_oracle_and_holds_out(tmp_path: Path, keep_pairs: bool, suppo
     assert not any({h, t} & of_test for h, _, t in found["valid"])
     assert all({h, t} & of_test for h, _, t in found["test"])
     assert found["valid"] and found["test"] and bool(found["support"]) == (support > 0)
+    trained = graph.trained_entities()
+    assert trained is not None and not set(graph.entity_ids.take(trained).to_pylist()) & held
     pairs = [{frozenset((h, t)) for h, _, t in found[name]} for name in ("support", "valid", "test")]
     if keep_pairs:
         assert not pairs[0] & (pairs[1] | pairs[2])

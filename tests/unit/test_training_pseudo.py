@@ -10,6 +10,7 @@ import torch
 from model_graphs import ENTITIES, ONE_VS_ALL, RELATIONS, SMALL, TRAIN, graph, vectors
 
 from kgray.errors import ConfigError
+from kgray.graph.graph import Graph
 from kgray.model.config import StructureConfig, TextTowerConfig
 from kgray.training.config import PseudoConfig
 from kgray.training.fused_task import FusedTask
@@ -57,6 +58,24 @@ def test_they_are_the_surest_new_answers() -> None:
     expected = sorted(teacher.surest(train).items(), key=lambda item: -item[1])[: len(got)]
     assert len(got) == int(0.2 * len(train))
     assert [tuple(map(int, t)) for t in got] == [triple for triple, _ in expected]
+
+
+@pytest.mark.parametrize("support", [0, 4])
+def test_entities_held_out_of_training_are_no_answers(support: int) -> None:
+    facts = graph().triples["train"]
+    held = np.isin(facts[:, [0, 2]], [30, 31, 32]).any(axis=1)
+    parts = {"train": facts[~held], "support": facts[held][:support]}
+    divided = Graph.from_arrays(parts, ENTITIES, RELATIONS)
+    got = pseudo_labels(Teacher(), divided, PseudoConfig(share=0.9, queries=5_000))  # type: ignore[arg-type]
+    trained = divided.trained_entities()
+    assert trained is not None and len(got) and np.isin(got[:, [0, 2]], trained).all()
+
+
+def test_a_query_with_no_answer_left_teaches_nothing() -> None:
+    facts = Graph.from_arrays({"train": np.array([[0, 0, 0], [0, 0, 1], [1, 0, 0], [1, 0, 1]])}, 2, 1)
+    teacher = Teacher()
+    teacher.scores = teacher.scores[:1, :2, :2]
+    assert not len(pseudo_labels(teacher, facts, PseudoConfig(share=0.9, queries=50)))  # type: ignore[arg-type]
 
 
 def test_the_same_seed_draws_the_same_and_fewer_queries_find_fewer() -> None:
