@@ -4,7 +4,7 @@ Besides what every family keeps:
 
 model.safetensors   the weights
 bodies.safetensors  the kinds of paths that are told apart, see :meth:`PairIndex.to_arrays`
-facts.npy           (T, 3) int64 training triples, which contexts and paths are looked up in, memory-mapped
+facts.npy           (T, 3) int64 triples of ``Graph.context``, which contexts and paths are looked up in, memory-mapped
 texts.npy           (N, w) float16 text vectors, memory-mapped; only where texts are read
 """
 
@@ -102,7 +102,7 @@ def write_relations(
     write_common(folder, "relations", graph, {**section, **size, **info}, history)
     save_file({k: v.contiguous().cpu() for k, v in model.state_dict().items()}, folder / "model.safetensors")
     save_arrays(scorer.index.to_arrays(), folder / "bodies.safetensors")
-    np.save(folder / "facts.npy", graph.triples["train"])
+    np.save(folder / "facts.npy", graph.context)
     if scorer.texts is not None:
         np.save(folder / "texts.npy", scorer.texts)
 

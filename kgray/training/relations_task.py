@@ -70,8 +70,9 @@ class RelationsTask(Task[PairBatch, RelationScorer]):
     model: RelationModel
     batches: PairBatchMaker
 
-    def __init__(self, model: RelationModel, batches: PairBatchMaker) -> None:
-        self.model, self.batches = model, batches
+    def __init__(self, model: RelationModel, batches: PairBatchMaker, answering: PairIndex) -> None:
+        """answering: the same kinds of paths over the facts known when questions are asked."""
+        self.model, self.batches, self.answering = model, batches, answering
 
     @classmethod
     def make(
@@ -93,13 +94,15 @@ class RelationsTask(Task[PairBatch, RelationScorer]):
         batches = PairBatchMaker(triples, graph.known(["train"]), index, texts, train, worker)
         torch.manual_seed(train.seed)
         model = RelationModel(config, *size, index.num_bodies, 0 if texts is None else texts.shape[1])
-        return cls(model.to(worker.device), batches)
+        support = len(graph.context) > len(triples)
+        answering = replace(index, facts=Facts.build(graph.context, *size)) if support else index
+        return cls(model.to(worker.device), batches, answering)
 
     def loss(self, batch: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
         return relation_loss(self.model, batch), {}
 
     def scorer(self) -> RelationScorer:
-        return RelationScorer(self.model, self.batches.index, self.batches.texts)
+        return RelationScorer(self.model, self.answering, self.batches.texts)
 
     def write(
         self,

@@ -20,6 +20,8 @@ from kgray.model.fused import FusedModel
 from kgray.model.path_scorer import PathScorer, write_paths
 from kgray.model.paths import PathModel
 from kgray.model.paths_config import PathsConfig
+from kgray.model.relation_scorer import write_relations
+from kgray.model.relations_config import RelationsConfig
 from kgray.model.states import scorer_of
 from kgray.reasoning.artifact import write_rules
 from kgray.reasoning.config import RulesConfig
@@ -28,6 +30,7 @@ from kgray.reasoning.mining import mine_rules
 from kgray.training.fused_task import FusedTask
 from kgray.training.loop import fit
 from kgray.training.paths_task import PathsTask
+from kgray.training.relations_task import RelationsTask
 from kgray.training.worker import Worker
 
 HELD = np.arange(30, 36)
@@ -51,6 +54,26 @@ def test_no_step_touches_a_held_out_entity(config: ModelConfig) -> None:
             batch = task.batches.make(epoch, step)
             assert not np.isin(batch.neighbourhood.nodes.numpy(), HELD).any()
     assert task.index.num_triples == len(data.triples["train"]) + len(data.triples["support"])
+
+
+def test_held_out_entities_are_no_candidates_where_nothing_is_known_of_them_either() -> None:
+    data = divided()
+    data = Graph.from_arrays({**data.triples, "support": np.empty((0, 3), dtype=np.int64)}, ENTITIES, RELATIONS)
+    trained = data.trained_entities()
+    assert trained is not None and not np.isin(HELD, trained).any()
+    assert len(FusedTask.make(data, vectors(), ONE_VS_ALL, TRAIN, Worker("cpu")).batches.make(0, 0).neighbourhood.nodes)
+
+
+def test_relations_are_told_over_support_when_asked(tmp_path: Path) -> None:
+    data = divided()
+    task = RelationsTask.make(data, None, RelationsConfig(text=False, dim=8, hidden=8), TRAIN, Worker("cpu"))
+    assert not task.batches.index.context(HELD, HELD, None, heads=True).any()
+    scorer = task.scorer()
+    around = np.expm1(scorer.index.context(HELD, HELD, None, heads=True)).sum(axis=1)
+    support = data.triples["support"]
+    assert around.round().tolist() == [int((support[:, [0, 2]] == entity).sum()) for entity in HELD]
+    write_relations(tmp_path, scorer, data, [], {})
+    assert np.array_equal(np.load(tmp_path / "facts.npy"), data.context)
 
 
 def test_every_trained_entity_is_a_candidate_as_often_as_it_is_said() -> None:
