@@ -214,6 +214,8 @@ class Explainer:
     def _effects(self, task: str, first: int, second: int, candidates: Sequence[int]) -> Effects | Neighbours:
         if isinstance(self.leave_one_out, str):
             return Neighbours(self.member, why_not=self.leave_one_out)
+        if task not in self.leave_one_out.scorer.tasks:
+            return Neighbours(self.member, why_not=f"the model cannot tell the {task}")
         return self.leave_one_out.effects(task, first, second, candidates)
 
     def _most(self, effects: Effects, number: int) -> Neighbours:

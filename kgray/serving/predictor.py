@@ -35,6 +35,8 @@ class Bundle(Protocol):
     @property
     def num_relations(self) -> int: ...
     @property
+    def tasks(self) -> Sequence[str]: ...
+    @property
     def entity_ids(self) -> Sequence[str]: ...
     @property
     def entity_names(self) -> Sequence[str]: ...
@@ -186,6 +188,9 @@ class Predictor:
             missing = query.missing
             if isinstance(query.head, NewEntity) or isinstance(query.tail, NewEntity):
                 answers[place] = _no_new_entities(query) if self.new is None else self.new.rank(query)
+                continue
+            if missing not in self.bundle.tasks:
+                answers[place] = _no_task(missing, self.bundle.tasks)
                 continue
             try:
                 parts = {
@@ -349,6 +354,11 @@ def top_k(scores: Floats, count: int, without: npt.NDArray[np.int64] | None = No
         chosen = np.arange(len(scores))
     order: npt.NDArray[np.int64] = chosen[np.argsort(-scores[chosen], kind="stable")]
     return order
+
+
+def _no_task(missing: Missing, tasks: Sequence[str]) -> QueryError:
+    message = f"{missing}: this model cannot tell it, it answers {' and '.join(tasks)} queries"
+    return QueryError("no-such-task", missing, "", message)
 
 
 def _no_new_entities(query: Query) -> QueryError:

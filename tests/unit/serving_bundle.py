@@ -11,6 +11,8 @@ from kgray.graph.filter_index import FilterIndex
 class TableBundle:
     """Scores come out of one table (N, R, N): tails and heads of different halves, so that a mix-up shows."""
 
+    tasks: tuple[str, ...] = ("tail", "head", "relation")
+
     def __init__(self, entities: int = 40, relations: int = 5, *, seed: int = 0, levels: int = 0) -> None:
         rng = np.random.default_rng(seed)
         shape = (entities, relations, entities)

@@ -214,6 +214,15 @@ def test_what_cannot_be_left_out_is_said(bundle: tuple[Bundle, LeaveOneOut]) -> 
         Explainer(paths).explain("relation", 0, 1, [0])
 
 
+def test_a_query_that_another_member_answers_is_explained_without_the_fused_models_facts(
+    bundle: tuple[Bundle, LeaveOneOut], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, leave_one_out = bundle
+    monkeypatch.setattr(leave_one_out.scorer.decoders[0].decoder, "tasks", ("tail", "head"))
+    (one,) = Explainer(model, "fused", leave_one_out).explain("relation", 0, 1, [0])
+    assert one.neighbours.why_not == "the model cannot tell the relation"
+
+
 def test_known_answers_can_be_left_out(bundle: tuple[Bundle, LeaveOneOut]) -> None:
     explainer = Explainer(bundle[0])
     head, relation, tail = TRAIN[0].tolist()

@@ -159,3 +159,11 @@ def test_suggestions_in_small_and_large_tables(size: int) -> None:
     assert names.near("qqqqqqqq") == []
     with pytest.raises(QueryError, match="did you mean 'item_00012'"):
         names.find("head", "item-00012")
+
+
+def test_what_the_model_cannot_tell_is_refused_and_costs_the_others_nothing() -> None:
+    bundle = TableBundle()
+    bundle.tasks = ("tail", "head")
+    refused, answered = Predictor(bundle).predict([Query("e00", None, "e01"), Query("e00", "r0", None)])
+    assert isinstance(refused, QueryError) and (refused.code, refused.field) == ("no-such-task", "relation")
+    assert isinstance(answered, Ranking)
