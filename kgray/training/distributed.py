@@ -224,7 +224,7 @@ def _write(job: Job, graph: Any, done: Any) -> dict[str, Any]:
         **job.info,
         "metrics": {done.metric: done.best},
         "best_epoch": done.best_epoch,
-        "epochs": len(done.history),
+        "epochs": sum(row["epoch"] >= 0 for row in done.history),
     }
     done.task.write(job.draft.local_dir(), done.scorer, graph, done.history, info)
     job.draft.upload_local()
@@ -233,7 +233,7 @@ def _write(job: Job, graph: Any, done: Any) -> dict[str, Any]:
         "entities": graph.num_entities,
         "relations": graph.num_relations,
         "parameters": sum(p.numel() for p in done.model.parameters()),
-        "epochs": len(done.history),
+        "epochs": sum(row["epoch"] >= 0 for row in done.history),
         "best_epoch": done.best_epoch,
         done.metric: done.best,
     }

@@ -53,6 +53,7 @@ def pseudo_labels(teacher: Scorer, graph: Graph, config: PseudoConfig) -> Int64:
     certainty = np.concatenate(sure)
     order = np.argsort(-certainty, kind="stable")
     # A query whose answers are all known has none left, and a certainty that is no number.
-    triples = np.concatenate(found)[order[np.isfinite(certainty[order])]]
+    triples: Int64 = np.concatenate(found)[order[np.isfinite(certainty[order])]]
     _, first = np.unique(triples, axis=0, return_index=True)
-    return triples[np.sort(first)][:wanted]
+    surest: Int64 = triples[np.sort(first)][:wanted]
+    return surest
