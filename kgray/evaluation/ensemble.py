@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3  # 3: known facts among the candidates of a second look move no other score
 _SHARDS_A_WORKER = 2
 _NOT_IDENTITY = ("score_memory_mb",)
 

@@ -68,10 +68,12 @@ class Pairwise(nn.Module):
 
 
 class Picked(NamedTuple):
-    """Candidates (B, K) int64 of a first ranking, and which of them count, (B, K) bool."""
+    """Candidates (B, K) int64 of a first ranking, which of them count, and which of those are no training fact, (B, K)
+    bool. The fit sees only such: all that is relative to a query's candidates is relative to them."""
 
     ids: Tensor
     valid: Tensor
+    new: Tensor
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,8 @@ class Reranker:
         most = int(known.sum(1).max()) if len(known) else 0
         old = scores.masked_fill(~known, -torch.inf).topk(min(self.count, most), dim=1)
         ids = torch.cat([new.indices, old.indices], dim=1)
-        return Picked(ids, torch.isfinite(torch.cat([new.values, old.values], dim=1)))
+        valid = torch.isfinite(torch.cat([new.values, old.values], dim=1))
+        return Picked(ids, valid, valid & (torch.arange(ids.shape[1]) < new.indices.shape[1]))
 
     def look(
         self, task: str, first: Tensor, second: Tensor, scores: Tensor, rows: Mapping[str, Tensor], picked: Picked
@@ -119,7 +122,7 @@ class Reranker:
         gathered = torch.stack([row.gather(1, picked.ids) for row in own], dim=-1).float()
         anchors, relations = (first, second) if task == "tail" else (second, first)
         pairs = self.features(anchors.numpy(), relations.numpy(), picked.ids.numpy(), tails=task == "tail")
-        x = torch.cat([gaps(gathered, picked.valid), torch.from_numpy(pairs)], dim=-1)
+        x = torch.cat([gaps(gathered, picked.valid, picked.new), torch.from_numpy(pairs)], dim=-1)
         return standardise(x, self.centre, self.spread)
 
     def apply(
@@ -164,12 +167,11 @@ class Reranker:
         return cls(info["count"], tuple(info["members"]), features, model.eval(), *fitted)
 
 
-def gaps(scores: Tensor, valid: Tensor) -> Tensor:
-    """(B, K, S) scores -> how far each is behind the best of its row that counts; what does not count is level."""
-    blocked = ~valid[..., None]
-    best = scores.masked_fill(blocked, -torch.inf).amax(1, keepdim=True)
+def gaps(scores: Tensor, valid: Tensor, new: Tensor) -> Tensor:
+    """(B, K, S) scores -> how far each is behind the best new one of its row; what does not count is level."""
+    best = scores.masked_fill(~new[..., None], -torch.inf).amax(1, keepdim=True)
     best = torch.where(torch.isfinite(best), best, torch.zeros_like(best))
-    return (scores - best).masked_fill(blocked, 0.0)
+    return (scores - best).masked_fill(~valid[..., None], 0.0)
 
 
 def standardise(x: Tensor, centre: Tensor, spread: Tensor) -> Tensor:
@@ -178,11 +180,12 @@ def standardise(x: Tensor, centre: Tensor, spread: Tensor) -> Tensor:
 
 
 def place(scores: Tensor, picked: Picked, again: Tensor) -> Tensor:
-    """(B, N): ``again`` (B, K) for the picked candidates, the first ranking's scores below them for the others."""
+    """(B, N): ``again`` (B, K) for the picked candidates, the first ranking's scores below the new ones among them for
+    the others."""
     chosen = torch.zeros(scores.shape, dtype=torch.bool)
     rows = torch.arange(len(scores))[:, None].expand_as(picked.ids)
     chosen[rows[picked.valid], picked.ids[picked.valid]] = True
-    lowest = again.masked_fill(~picked.valid, torch.inf).amin(1)
+    lowest = again.masked_fill(~picked.new, torch.inf).amin(1)
     highest = scores.masked_fill(chosen, -torch.inf).amax(1)
     both = torch.isfinite(lowest) & torch.isfinite(highest)
     shift = torch.where(both, lowest - highest - _GAP, torch.zeros_like(lowest))

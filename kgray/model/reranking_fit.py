@@ -129,7 +129,7 @@ def _look(data: Candidates, scores: Tensor, scale: Tensor, features: CandidateFe
         for rows in torch.split(mine, _ROWS):  # type: ignore[no-untyped-call]
             given = (anchor[rows].numpy(), relation[rows].numpy(), ids[rows].numpy())
             pairs[rows] = torch.from_numpy(features(*given, tails=tails))
-    x = torch.cat([gaps(gathered.float(), valid), pairs], dim=-1)
+    x = torch.cat([gaps(gathered.float(), valid, valid), pairs], dim=-1)
     is_gold = (columns == 0) & valid
     gold = torch.where(is_gold.any(1), is_gold.byte().argmax(1), torch.full((len(data),), -1))
     return _Looked(columns, valid, x, gold, data.queries.directions)
@@ -171,7 +171,7 @@ def _again(looked: _Looked, rows: Tensor, scores: Tensor, model: Pairwise, centr
     """(len(rows), C) scores after the second look."""
     with torch.no_grad():
         again = model(standardise(looked.x[rows], centre, spread), looked.directions[rows])
-    return place(scores, Picked(looked.columns[rows], looked.valid[rows]), again)
+    return place(scores, Picked(looked.columns[rows], looked.valid[rows], looked.valid[rows]), again)
 
 
 def _reason(chosen: Kind, tried: Sequence[Tried]) -> str:

@@ -14,7 +14,7 @@ from kgray.model.ensemble import BELOW, EnsembleScorer
 from kgray.model.features import CandidateFeatures
 from kgray.model.gate import TrainingFacts
 from kgray.model.gate_fit import choose_gate, fused, reciprocal_ranks, scales_of
-from kgray.model.reranking import Picked, Reranker, place
+from kgray.model.reranking import Picked, Reranker, gaps, place
 from kgray.model.reranking_fit import SecondLook, fit_second_look
 
 FACTS = triples(3)
@@ -90,7 +90,7 @@ def test_candidates_not_looked_at_stay_in_order_below_the_others() -> None:
     valid[0, 5] = False
     valid[3] = False
     again = torch.randn(4, 6, generator=draw) * 5
-    out = place(scores, Picked(ids, valid), again)
+    out = place(scores, Picked(ids, valid, valid), again)
     assert torch.isfinite(out).all()
     for row in range(4):
         looked = ids[row][valid[row]]
@@ -100,6 +100,23 @@ def test_candidates_not_looked_at_stay_in_order_below_the_others() -> None:
         assert torch.equal(out[row, rest].argsort(stable=True), scores[row, rest].argsort(stable=True))
         if valid[row].any():
             assert out[row, rest].max() < out[row, looked].min()
+
+
+def test_known_facts_among_the_candidates_move_no_other_score() -> None:
+    """The fit never sees any: what is fitted, calibration too, would not hold beside them."""
+    draw = torch.Generator().manual_seed(1)
+    scores = torch.randn(3, 30, generator=draw)
+    ids = scores.topk(6, dim=1).indices
+    again, members = torch.randn(3, 6, generator=draw), torch.randn(3, 6, 2, generator=draw)
+    every, new = torch.ones(3, 6, dtype=torch.bool), torch.tensor([True] * 4 + [False] * 2).expand(3, 6)
+    alone = place(scores.scatter(1, ids[:, 4:], -50.0), Picked(ids[:, :4], every[:, :4], every[:, :4]), again[:, :4])
+    again[:, 4:] = torch.tensor([-90.0, 90.0])
+    beside = place(scores, Picked(ids, every, new), again)
+    others = torch.ones(3, 30, dtype=torch.bool).scatter(1, ids[:, 4:], False)
+    torch.testing.assert_close(beside[others], alone[others])
+    torch.testing.assert_close(beside.gather(1, ids), again)
+    members[:, 4:] = 90.0
+    torch.testing.assert_close(gaps(members, every, new)[:, :4], gaps(members[:, :4], every[:, :4], every[:, :4]))
 
 
 def test_known_facts_do_not_crowd_out_what_is_asked_for(named: tuple[SecondLook, EnsembleScorer]) -> None:
