@@ -21,7 +21,6 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,7 +31,7 @@ for place in (ROOT, Path(__file__).parent):
 from rules import read  # noqa: E402
 
 from kgray.evaluation.ranking import filter_splits  # noqa: E402
-from kgray.graph.filter_index import FilterIndex  # noqa: E402
+from kgray.graph.graph import Graph  # noqa: E402
 from kgray.reasoning.config import RulesConfig  # noqa: E402
 from kgray.reasoning.deletion import deletion_test  # noqa: E402
 from kgray.reasoning.facts import Facts  # noqa: E402
@@ -54,7 +53,7 @@ def main() -> int:
     folder = Path(os.environ.get("KGRAY_DATA") or ROOT.parent / "shared" / "data") / options.data
     triples, entities, relations = read(folder)
     rules = mine_rules(Facts.build(triples["train"], entities, relations), config)
-    known = FilterIndex.build(np.concatenate([triples[s] for s in filter_splits(options.split)]), entities, relations)
+    known = Graph.from_arrays(triples, entities, relations).known(filter_splits(options.split))
     clock = time.perf_counter()
     found = deletion_test(
         *(rules, triples["train"], triples[options.split], known),

@@ -29,8 +29,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from kgray.evaluation.ranking import filter_splits, rank_triples  # noqa: E402
-from kgray.graph.filter_index import FilterIndex  # noqa: E402
-from kgray.graph.graph import SPLITS  # noqa: E402
+from kgray.graph.graph import SPLITS, Graph  # noqa: E402
 from kgray.reasoning.config import RulesConfig  # noqa: E402
 from kgray.reasoning.facts import Facts  # noqa: E402
 from kgray.reasoning.mining import mine_rules  # noqa: E402
@@ -72,7 +71,7 @@ def measure(name: str, config: RulesConfig, split: str, count: int | None) -> di
     clock = time.perf_counter()
     scorer.score_tails(heads, wanted)
     batch = time.perf_counter() - clock
-    known = FilterIndex.build(np.concatenate([triples[s] for s in filter_splits(split)]), entities, relations)
+    known = Graph.from_arrays(triples, entities, relations).known(filter_splits(split))
     clock = time.perf_counter()
     counts = rank_triples(scorer, asked, known, split=split, tasks=("tail", "head"), batch_size=512)
     hops = np.bincount(rules.hops[rules.is_path], minlength=4)

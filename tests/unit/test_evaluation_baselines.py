@@ -13,6 +13,7 @@ from kgray.evaluation.baselines import BASELINES, InverseRule
 from kgray.evaluation.counts import Counts, distinct_triples
 from kgray.evaluation.ranking import filter_splits, rank_triples
 from kgray.graph.filter_index import FilterIndex
+from kgray.graph.graph import Graph
 
 N, R = 12, 4
 
@@ -120,7 +121,7 @@ def load(folder: Path) -> tuple[dict[str, np.ndarray], int, int]:
 
 
 def measure(name: str, splits: dict[str, np.ndarray], n: int, r: int, tasks: tuple[str, ...]) -> Counts:
-    known = FilterIndex.build(np.concatenate([splits[s] for s in filter_splits("test")]), n, r)
+    known = Graph.from_arrays(splits, n, r).known(filter_splits("test"))
     return rank_triples(BASELINES[name].scorer(splits["train"], n, r), splits["test"], known, split="test", tasks=tasks)
 
 
