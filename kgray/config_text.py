@@ -109,11 +109,11 @@ def _read_file(path: str, origin: Origin, below: tuple[Path, ...]) -> dict[str, 
         if not isinstance(base, str):
             raise ConfigError(BASE, base, "the path of a configuration file").at(at)
         here = (*below, Path(path).resolve())
-        found = Path(path).parent / Path(base).expanduser()
-        if found.resolve() in here:
-            raise ConfigFileError(at, f"base: {base} is built on this very file")
+        found = Path(path).parent / (Path(base).expanduser() if base.startswith("~/") else base)
         if not found.is_file():
             raise ConfigError(BASE, base, "a configuration file, its path relative to this one").at(at)
+        if found.resolve() in here:
+            raise ConfigFileError(at, f"base: {base} is built on this very file")
         raw = _lay_over(_read_file(os.path.normpath(found), origin, here), raw, "", origin)
     origin.lines |= {key: (path, line) for key, line in lines.items()}
     return raw

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -122,7 +123,10 @@ def load_states(artifact: Artifact, info: Mapping[str, Any]) -> StateScorer:
     # Copy-on-write mapping: shared pages as with "r", but torch need not warn of a read-only array.
     heads, tails, relations = (torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="c")) for name in _STATES)
     config = from_dict(ModelConfig, info["model"], where=str(folder / "config.json"))
-    decoders = _load_decoders(config, load_file(folder / DECODER_FILE))
+    try:
+        decoders = _load_decoders(config, load_file(folder / DECODER_FILE))
+    except (RuntimeError, SafetensorError) as error:
+        raise ArtifactError(f"{artifact.uri}: {DECODER_FILE} does not hold its decoders: {error}") from None
     width = len(decoders) * config.dim
     if heads.shape != tails.shape or not heads.shape[1] == relations.shape[1] == width:
         shapes = [list(t.shape) for t in (heads, tails, relations)]

@@ -199,7 +199,8 @@ def _on_disk(rows: int, width: int, dtype: torch.dtype) -> Tensor:
     with tempfile.TemporaryFile() as file:
         try:
             # A hole in the file would only be filled when written to, and a full disk then kills the process.
-            os.posix_fallocate(file.fileno(), 0, size)
+            if hasattr(os, "posix_fallocate"):  # macOS has none
+                os.posix_fallocate(file.fileno(), 0, size)
         except OSError as error:
             raise StorageError(
                 f"{tempfile.gettempdir()} has no room for {size / 1e9:.1f} GB of activations ({error.strerror}): set "

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kgray.artifact import Artifact, Draft, Recipe, Store
 from kgray.artifact.filesystem import is_local, resolve
@@ -22,6 +22,9 @@ from kgray.text.config import TextConfig
 from kgray.text.places import EncoderPlace, local_place
 from kgray.training.config import PseudoConfig, TrainConfig
 from kgray.training.families import TrainableConfig, family_of
+
+if TYPE_CHECKING:
+    from kgray.training.worker import Worker
 
 log = logging.getLogger(__name__)
 
@@ -188,7 +191,7 @@ def _loop(config: dict[str, Any]) -> dict[str, Any]:
     try:
         worker = RayWorker("cuda" if ray.train.torch.get_device().type == "cuda" else "cpu")
         worker.device = ray.train.torch.get_device()
-        graph, read = _inputs(job)
+        graph, read = _inputs(job, worker)
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is None:
             done: Fit = fit(graph, read, job.model, job.train, worker)
@@ -202,7 +205,7 @@ def _loop(config: dict[str, Any]) -> dict[str, Any]:
     return {"counts": counts}
 
 
-def _inputs(job: Job) -> tuple[Any, Any]:
+def _inputs(job: Job, worker: Worker) -> tuple[Any, Any]:
     from kgray.graph.graph import Graph
     from kgray.model.bundle import Bundle
     from kgray.text.tokens import read_texts
@@ -214,8 +217,10 @@ def _inputs(job: Job) -> tuple[Any, Any]:
         text, place = job.text
         return graph, read_texts(job.graph, text, local_place(text, place).path)
     if job.lesson is not None:
-        teacher = Bundle.load(job.lesson.teacher)
-        graph = graph.with_pseudo(pseudo_labels(teacher.scorer, graph, job.lesson.pseudo))
+        labels = None
+        if worker.rank == 0:  # decided once: machines that round differently would not ask for the same triples
+            labels = pseudo_labels(Bundle.load(job.lesson.teacher).scorer, graph, job.lesson.pseudo)
+        graph = graph.with_pseudo(worker.gather(labels)[0])
     return graph, None if job.vectors is None else load_vectors(job.vectors)
 
 

@@ -230,6 +230,8 @@ def test_a_file_built_on_others(tmp_path, monkeypatch):
     ("text", "message"),
     [
         ("base: nowhere.yaml\n", r"c\.yaml:1: .*nowhere\.yaml"),
+        ("base: ~nobody-here/x.yaml\n", r"c\.yaml:1: .*nobody-here"),
+        ('base: "a\\0b"\n', r"c\.yaml:1: .*configuration file"),
         ("train: {}\nbase: [a.yaml]\n", r"c\.yaml:2: .*path of a configuration file"),
         ("base: d.yaml\n", r"d\.yaml:1: .*this very file"),
     ],

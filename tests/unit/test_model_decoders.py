@@ -252,6 +252,18 @@ def test_written_states_give_equal_scores(name: str, shape: DecodingConfig, tmp_
         Bundle.load(SimpleNamespace(kind="model", uri="x", version="v", local_path=lambda _: tmp_path))  # type: ignore
 
 
+@pytest.mark.parametrize("content", [b"torn", None])
+def test_damaged_decoders_are_told(tmp_path: Path, content: bytes | None) -> None:
+    """A file that is none, and one with the weights of another decoder."""
+    scaled = ScaledDecoder(made("mlp", SHAPE), torch.tensor(1.0))
+    write_states(tmp_path, StateScorer(torch.randn(4, DIM), torch.randn(4, DIM), torch.randn(2, DIM), [scaled]))
+    if content is not None:
+        (tmp_path / "decoders.safetensors").write_bytes(content)
+    info = {"model": to_dict(ModelConfig(dim=DIM, decoder="lstm", decoding=SHAPE))}
+    with pytest.raises(ArtifactError, match=r"decoders\.safetensors does not hold"):
+        load_states(SimpleNamespace(uri="x", local_path=lambda _: tmp_path), info)  # type: ignore
+
+
 def test_states_of_another_width_are_refused(tmp_path: Path) -> None:
     scaled = ScaledDecoder(made("complex", SHAPE), torch.tensor(1.0))
     write_states(tmp_path, StateScorer(torch.randn(4, 6), torch.randn(4, 6), torch.randn(2, 6), [scaled]))

@@ -5,9 +5,7 @@ python3 -m pytest tests/unit/test_training.py
 
 from __future__ import annotations
 
-import shutil
 import sys
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +17,7 @@ import torch.multiprocessing as mp
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from kept_checkpoints import Keeping, StopError
 from model_graphs import ENTITIES, ONE_VS_ALL, RELATIONS, SMALL, TRAIN, graph, vectors
 
 from kgray.errors import TrainingError
@@ -32,27 +31,6 @@ from kgray.training.optimisers import Optimisers
 from kgray.training.worker import Worker
 
 FAST = replace(TRAIN, epochs=30, optimiser=OptimiserConfig(lr=0.02, table_lr=0.2))
-
-
-class StopError(Exception):
-    """Stands for a death of the process."""
-
-
-class Keeping(Worker):
-    """Keeps every checkpoint in a folder; dies after ``last`` of them."""
-
-    def __init__(self, folder: Path, last: int | None = None) -> None:
-        super().__init__("cpu")
-        self.folder, self.last = folder, last
-        self.kept: list[Path] = []
-
-    def report(self, metrics: Mapping[str, float], checkpoint: Path | None) -> None:
-        assert checkpoint is not None
-        place = self.folder / f"{len(self.kept)}"
-        shutil.copytree(checkpoint, place)
-        self.kept.append(place)
-        if len(self.kept) == self.last:
-            raise StopError
 
 
 def same(one: Fit, two: Fit) -> bool:

@@ -5,13 +5,12 @@ python3 -m pytest tests/unit/test_training_adversarial.py
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from kept_checkpoints import Keeping, StopError
 from model_graphs import SMALL, TRAIN, graph, vectors
 from torch import nn
 
@@ -83,25 +82,6 @@ def test_shifted_inputs_have_a_higher_loss_and_both_are_told() -> None:
     assert "train.adversarial" not in plain.history[0]
     weights = done.model.state_dict(), plain.model.state_dict()
     assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-
-
-class StopError(Exception):
-    """Stands for a death of the process."""
-
-
-class Keeping(Worker):
-    """Keeps every checkpoint; dies after ``last`` of them."""
-
-    def __init__(self, folder: Path, last: int | None = None) -> None:
-        super().__init__("cpu")
-        self.folder, self.last = folder, last
-        self.kept: list[Path] = []
-
-    def report(self, metrics: Mapping[str, float], checkpoint: Path | None) -> None:
-        assert checkpoint is not None
-        self.kept.append(Path(shutil.copytree(checkpoint, self.folder / f"{len(self.kept)}")))
-        if len(self.kept) == self.last:
-            raise StopError
 
 
 @pytest.mark.parametrize(
