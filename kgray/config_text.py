@@ -8,6 +8,7 @@ whole numbers may carry underscores (``1_000_000``).
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import textwrap
@@ -19,6 +20,9 @@ from typing import Any
 
 from kgray.config import EnvText, PathMark, description
 from kgray.errors import ConfigError, ConfigFileError
+from kgray.machine import Machine, this_machine
+
+log = logging.getLogger(__name__)
 
 _INT = re.compile(r"[-+]?(0|[1-9][0-9]*(_[0-9]+)*)$")
 _HEX = re.compile(r"0x[0-9a-fA-F]+$")
@@ -28,6 +32,9 @@ _VARIABLE = re.compile(r"\$\$\{|\$\{([^}]*)\}")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*$")
 BASE = "base"
 """The key by which a file names another one that it changes."""
+RECIPES, RECIPE = "recipes", "recipe"
+"""The keys of what is laid over a file on some machines, and of which of them is."""
+NEEDS = "needs"
 # What YAML wants escaped and JSON does not escape.
 _UNPRINTABLE = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
 
@@ -84,9 +91,58 @@ def read_settings(path: str, overrides: Sequence[str]) -> tuple[dict[str, Any], 
     """
     origin = Origin(path)
     raw = _read_file(path, origin, ())
+    said: dict[str, Any] = {}
+    rest = []
     for override in overrides:
+        if override.partition("=")[0].strip() == RECIPE:
+            _override(said, override, origin)
+        else:
+            rest.append(override)
+    raw = _lay_recipe(raw | said, origin)
+    for override in rest:
         _override(raw, override, origin)
     return {key: _expand(value, key, origin) for key, value in raw.items()}, origin
+
+
+def _lay_recipe(raw: dict[str, Any], origin: Origin) -> dict[str, Any]:
+    """The file with one of its ``recipes`` laid over it: the one that ``recipe`` names, or the first whose ``needs``
+    this machine meets. Which one is logged."""
+    asked = raw.pop(RECIPE, "auto")
+    recipes = raw.pop(RECIPES, None) or {}
+    if not isinstance(recipes, dict) or not all(isinstance(one, dict) for one in recipes.values()):
+        expected = "names, and for each the sections it changes"
+        raise ConfigError(RECIPES, recipes, expected).at(origin.where(RECIPES))
+    if asked not in ("auto", "none", *recipes):
+        expected = f"auto, {', '.join(recipes)} or none" if recipes else "none: this file has no recipes"
+        raise ConfigError(RECIPE, asked, expected).at(origin.where(RECIPE))
+    if not recipes:
+        return raw
+    machine = this_machine()
+    needs = {name: _needs(name, one, origin) for name, one in recipes.items()}
+    fits = [name for name in recipes if all(getattr(machine, key) >= least for key, least in needs[name].items())]
+    chosen = (fits[0] if fits else "none") if asked == "auto" else asked
+    why = "as asked" if asked != "auto" else f"this machine has {machine}"
+    if chosen == "none":
+        others = "; ".join(f"{RECIPE}={name} needs {_flow(need)}" for name, need in needs.items())
+        log.info("recipe: %s as it stands, %s (%s)", origin.path, why, others)
+        return raw
+    log.info("recipe: %s of %s, %s (%s=none: the file without it)", chosen, origin.path, why, RECIPE)
+    above = f"{RECIPES}.{chosen}."
+    lines = {key.removeprefix(above): at for key, at in origin.lines.items() if key.startswith(above)}
+    raw = _lay_over(raw, {key: value for key, value in recipes[chosen].items() if key != NEEDS}, "", origin)
+    origin.lines |= lines
+    return raw
+
+
+def _needs(name: str, recipe: Mapping[str, Any], origin: Origin) -> dict[str, float]:
+    """What a machine must have for a recipe. Raises ConfigError."""
+    key = f"{RECIPES}.{name}.{NEEDS}"
+    needs = recipe.get(NEEDS)
+    least = [f.name for f in fields(Machine)]
+    numbers = isinstance(needs, dict) and all(type(value) in (int, float) for value in needs.values())
+    if not isinstance(needs, dict) or not needs or not numbers or set(needs) - set(least):
+        raise ConfigError(key, needs, f"the least it takes, of {', '.join(least)}: {{gpus: 1}}").at(origin.where(key))
+    return needs
 
 
 def _read_file(path: str, origin: Origin, below: tuple[Path, ...]) -> dict[str, Any]:

@@ -19,11 +19,11 @@ import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from kgray.config import ConfigPath, configuration, option
 from kgray.errors import ClusterError, ConfigError, KgrayError
+from kgray.machine import local_cores, physical_memory
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,8 @@ _ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # else a relative path in a training worker is lost work
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the coming default; silences a warning a task
     "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",  # 32 processes to read footers is for thousands of files
+    # Ray Train's watcher asks the dashboard once a second whether training lives; without one, each time in vain.
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "Failed to query Ray Train Controller actor state",
 }
 _QUIET = {"RAY_DATA_DISABLE_PROGRESS_BARS": "1", "RAY_TQDM": "0"}
 
@@ -154,18 +156,6 @@ def device_kind() -> Literal["cuda", "cpu"]:
     return "cuda" if cluster_gpus() > 0 else "cpu"
 
 
-def local_cores() -> int:
-    """Cores this process may use: affinity and the container's CPU quota (cgroup v2) respected."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            cores = min(cores, max(1, round(int(quota) / int(period))))
-    except (OSError, ValueError):
-        pass
-    return cores
-
-
 @contextmanager
 def remote_errors() -> Iterator[None]:
     """What kgray raises in a Ray task is raised as if it had happened here: a user's mistake stays one line. Anything
@@ -204,7 +194,7 @@ def _start(config: RayConfig) -> None:
 
     memory = config.object_store_memory
     if memory is None:
-        memory = max(_LEAST_OBJECT_STORE, min(_MOST_OBJECT_STORE, _physical_memory() // 5))
+        memory = max(_LEAST_OBJECT_STORE, min(_MOST_OBJECT_STORE, physical_memory() // 5))
     options: dict[str, Any] = {
         "address": "local",
         "num_cpus": config.num_cpus or max(local_cores(), LEAST_LOGICAL_CPUS),
@@ -354,15 +344,6 @@ def _data_context(progress: bool) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(context, name, value)
-
-
-def _physical_memory() -> int:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-    except OSError:
-        return memory
-    return min(memory, int(limit)) if limit.isdigit() else memory
 
 
 def _one_line(error: BaseException) -> str:

@@ -15,7 +15,8 @@ from kgray.artifact import Artifact, Draft, Recipe
 from kgray.config import to_dict
 from kgray.errors import ArtifactError, DataError
 from kgray.evaluation.config import EnsembleConfig
-from kgray.runtime import cluster_cpus, local_cores, ray_session, remote_errors, worker_progress
+from kgray.machine import local_cores
+from kgray.runtime import cluster_cpus, ray_session, remote_errors, worker_progress
 
 if TYPE_CHECKING:
     from kgray.evaluation.shards import Piece

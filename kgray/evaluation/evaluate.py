@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from kgray.artifact import Artifact, Draft, Recipe, Store
 from kgray.errors import ArtifactError
 from kgray.evaluation.config import EvaluateConfig
-from kgray.runtime import cluster_cpus, local_cores, ray_session, remote_errors
+from kgray.machine import local_cores
+from kgray.runtime import cluster_cpus, ray_session, remote_errors
 
 if TYPE_CHECKING:
     from kgray.evaluation.shards import Measured, Piece

@@ -219,7 +219,8 @@ def _cores() -> int:
     nothing by those."""
     import ray
 
-    from kgray.runtime import cluster_cpus, local_cores
+    from kgray.machine import local_cores
+    from kgray.runtime import cluster_cpus
 
     alone = sum(1 for node in ray.nodes() if node["Alive"]) == 1
     return min(cluster_cpus(), local_cores()) if alone else cluster_cpus()

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kgray.errors import ConfigError, EncoderError
-from kgray.precision import computes_bfloat16
+from kgray.machine import computes_bfloat16
 from kgray.text.config import Pooling, Precision
 from kgray.text.places import EncoderPlace, find_encoder
 

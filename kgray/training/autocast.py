@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kgray.precision import computes_bfloat16
+from kgray.machine import computes_bfloat16
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:

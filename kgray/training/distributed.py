@@ -17,7 +17,8 @@ from kgray.artifact import Artifact, Draft, Recipe, Store
 from kgray.artifact.filesystem import is_local, resolve
 from kgray.config import to_dict
 from kgray.errors import TrainingError, UserError
-from kgray.runtime import cluster_cpus, cluster_gpus, local_cores, worker_progress
+from kgray.machine import local_cores
+from kgray.runtime import cluster_cpus, cluster_gpus, worker_progress
 from kgray.text.config import TextConfig
 from kgray.text.places import EncoderPlace, local_place
 from kgray.training.config import PseudoConfig, TrainConfig

@@ -26,6 +26,7 @@ from kgray.config import (
     to_dict,
 )
 from kgray.errors import ConfigError, UserError
+from kgray.machine import Machine, local_gpus
 
 
 @configuration
@@ -224,6 +225,87 @@ def test_a_file_built_on_others(tmp_path, monkeypatch):
     (tmp_path / "second.yaml").write_text("base: deep/first.yaml\n")
     with pytest.raises(ConfigError, match=r"deep/first\.yaml:3: .*bach_size"):
         load_config(Root, "third.yaml")
+
+
+RECIPES = """
+train: {batch_size: 7, note: plain}
+recipes:
+  many:
+    needs: {gpus: 4}
+    train:
+      batch_size: 400
+  one:
+    needs: {gpus: 1, memory_gb: 8}
+    train:
+      batch_size: 100
+    extra: {note: beside}
+"""
+
+
+@pytest.mark.parametrize(
+    ("gpus", "overrides", "size", "note"),
+    [
+        (0, [], 7, None),
+        (1, [], 100, "beside"),
+        (8, [], 400, None),
+        (8, ["recipe=one"], 100, "beside"),
+        (0, ["train.batch_size=5", "recipe=many"], 5, None),
+        (8, ["recipe=none"], 7, None),
+    ],
+)
+def test_a_recipe_for_the_machine(load, monkeypatch, caplog, gpus, overrides, size, note):
+    monkeypatch.setattr("kgray.config_text.this_machine", lambda: Machine(gpus, 2, 16.0))
+    with caplog.at_level("INFO", logger="kgray"):
+        config = load(BASE + RECIPES, *overrides)
+    assert (config.train.batch_size, config.train.note) == (size, "plain")
+    assert (config.extra and config.extra.note) == note
+    (told,) = caplog.messages
+    asked = next((o.partition("=")[2] for o in overrides if o.startswith("recipe=")), None)
+    assert "as asked" in told if asked else "2 cores, 16 GiB" in told
+    assert load(show_config(config)) == config, "what is shown is what was chosen, wherever it is read"
+
+
+def test_a_recipe_of_the_base(load, tmp_path, monkeypatch):
+    monkeypatch.setattr("kgray.config_text.this_machine", lambda: Machine(1, 2, 16.0))
+    (tmp_path / "base.yaml").write_text(BASE + RECIPES)
+    config = load("base: base.yaml\nrecipes: {one: {train: {batch_size: 50}}}\n")
+    assert (config.train.batch_size, config.extra.note) == (50, "beside")
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("recipe: two\n" + RECIPES, [], "c.yaml:3: configuration key 'recipe' has the value 'two'; expected auto, "
+         "many, one or none"),
+        (RECIPES, ["recipe=two"], "command line: configuration key 'recipe' has the value 'two'"),
+        ("", ["recipe=one"], "expected none: this file has no recipes"),
+        ("recipes: [gpu]\n", [], "c.yaml:3: configuration key 'recipes'"),
+        ("recipes:\n  gpu: {train: {batch_size: 3}}\n", [], "c.yaml:4: configuration key 'recipes.gpu.needs' has the "
+         "value null; expected the least it takes, of gpus, cores, memory_gb: {gpus: 1}"),
+        ("recipes:\n  gpu:\n    needs: {gpu: 1}\n", [], "c.yaml:5: configuration key 'recipes.gpu.needs'"),
+        ("recipes:\n  gpu:\n    needs: {gpus: many}\n", [], "c.yaml:5: configuration key 'recipes.gpu.needs'"),
+        ("recipes:\n  gpu:\n    needs: {gpus: 0}\n    train:\n      batch_size: -1\n", [], "c.yaml:7: configuration "
+         "key 'train.batch_size' has the value -1"),
+    ],
+)  # fmt: skip
+def test_recipes_refused(load, text, overrides, message):
+    with pytest.raises(ConfigError) as caught:
+        load(BASE + text, *overrides)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("visible", "seen"), [(None, 2), ("", 0), ("-1", 0), ("0", 1), ("0,1,2", 2), ("0,-1,1", 1), ("GPU-8f2c", 1)]
+)
+def test_gpus_a_process_may_use(tmp_path, monkeypatch, visible, seen):
+    for name in ("0000:01:00.0", "0000:02:00.0"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr("kgray.machine.Path", lambda _: tmp_path)
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert local_gpus() == seen
 
 
 @pytest.mark.parametrize(

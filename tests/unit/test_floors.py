@@ -28,7 +28,7 @@ FLOORS = {
     "kgray.config": 2,
     "kgray.config_text": 2,
     "kgray.runtime": 2,
-    "kgray.precision": 2,
+    "kgray.machine": 2,
     "kgray.errors": 1,
 }
 

@@ -1,0 +1,81 @@
+"""What the machine this process runs on has, and which arithmetic it is quick in. Floor 2, standard library only."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Machine:
+    """memory_gb: GiB this process may use."""
+
+    gpus: int
+    cores: int
+    memory_gb: float
+
+    def __str__(self) -> str:
+        gpus = "no GPU" if not self.gpus else "1 GPU" if self.gpus == 1 else f"{self.gpus} GPUs"
+        return f"{gpus}, {self.cores} core{'s' if self.cores != 1 else ''}, {self.memory_gb:.0f} GiB"
+
+
+def this_machine() -> Machine:
+    """Asked anew each time; takes well under a millisecond."""
+    return Machine(local_gpus(), local_cores(), physical_memory() / 2**30)
+
+
+def local_gpus() -> int:
+    """NVIDIA GPUs this process may use: those that the driver lists, as far as CUDA_VISIBLE_DEVICES lets them be seen.
+
+    Neither torch nor CUDA is loaded. 0 where there is no Linux driver.
+    """
+    found = len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) or len(list(Path("/dev").glob("nvidia[0-9]*")))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return found
+    named = [name.strip() for name in visible.split(",")]
+    if "-1" in named:  # CUDA itself stops reading there
+        named = named[: named.index("-1")]
+    return min(found, sum(bool(name) for name in named))
+
+
+def local_cores() -> int:
+    """Cores this process may use: affinity and the container's CPU quota (cgroup v2) respected."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            cores = min(cores, max(1, round(int(quota) / int(period))))
+    except (OSError, ValueError):
+        pass
+    return cores
+
+
+def physical_memory() -> int:
+    """Bytes of memory, the container's limit (cgroup v2) respected."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return memory
+    return min(memory, int(limit)) if limit.isdigit() else memory
+
+
+@cache
+def computes_bfloat16() -> bool:
+    """Whether this machine's processor multiplies bfloat16 natively (AVX512-BF16, AMX, or Arm's BF16).
+
+    Elsewhere bfloat16 is emulated and slower than float32; where it cannot be told (no /proc/cpuinfo), the answer is
+    no. torch's own question says yes of every AVX-512 processor.
+    """
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    lines = [line for line in text.splitlines() if line.lower().startswith(("flags", "features"))]
+    flags = {word for line in lines for word in line.split()}
+    arm = platform.machine() in ("aarch64", "arm64") and "bf16" in flags
+    return arm or bool(flags & {"avx512_bf16", "amx_bf16"})
