@@ -61,6 +61,12 @@ class GnnConfig:
     inference_fanouts: tuple[int, ...] = option(
         (64,), "The same when states are computed for ranking and serving; drawn once, with a fixed seed."
     )
+    remove: Literal["edge", "pair"] = option(
+        "edge",
+        "What carries no message in a training step. edge: the triples it asks for, both ways; pair: every triple "
+        "between the two entities of one of them, right where asked pairs are never adjacent (FB15k-237, or new "
+        "entities whose reverse edges are not known either).",
+    )
     heads: int = option(4, "Attention heads (attention, gat).")
     dropout: float = option(0.1, "Dropout of messages and attention.")
 

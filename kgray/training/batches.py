@@ -123,6 +123,23 @@ class StepMaker(ABC, Generic[B]):
             thread.join()
 
 
+class SamePair:
+    """Which of ``triples`` (T, 3) int64 lie between the same two entities, whichever way round."""
+
+    def __init__(self, triples: Int64) -> None:
+        low, high = triples[:, [0, 2]].min(axis=1), triples[:, [0, 2]].max(axis=1)
+        _, self._pair = np.unique(low * (high.max(initial=0) + 1) + high, return_inverse=True)
+        self._order = np.argsort(self._pair, kind="stable")
+        self._count = np.bincount(self._pair)
+        self._start = np.cumsum(self._count) - self._count
+
+    def __call__(self, positions: Int64) -> Int64:
+        """Positions of all triples of the pairs of those at ``positions``, each once."""
+        pairs = np.unique(self._pair[positions])
+        _, places = spread(self._start[pairs], self._count[pairs])
+        return self._order[places]
+
+
 class BatchMaker(StepMaker[Batch]):
     """Batches of the fused model.
 
@@ -150,6 +167,7 @@ class BatchMaker(StepMaker[Batch]):
         self.num_entities = index.num_entities
         self.edges = index.num_triples  # pseudo-labels, which follow, carry no messages
         self.sampler = NeighbourSampler(index, model.gnn.fanouts) if model.gnn.kind != "none" else None
+        self.between = SamePair(triples[: self.edges]) if model.gnn.remove == "pair" and self.sampler else None
         self.one_vs_all = model.objective.kind == "one_vs_all"
         self.candidates = self.num_entities if pool is None else len(pool)
         self.negatives = min(model.objective.negatives, self.candidates)
@@ -171,6 +189,8 @@ class BatchMaker(StepMaker[Batch]):
         heads, relations, tails = self.triples[positions].T
         seeds = self._candidates(heads, tails, generator)
         own = positions[positions < self.edges]
+        if self.between is not None:
+            own = self.between(own)
         blocks = self.sampler.sample(seeds, generator, exclude=own) if self.sampler else []
         local = self._local
         local[seeds] = np.arange(len(seeds))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -152,6 +153,27 @@ def test_every_triple_is_seen_once_an_epoch_whatever_the_workers(world: int) -> 
         for step in range(maker.steps):
             seen += maker._positions(1, step).tolist()
     assert sorted(seen) == list(range(len(train)))
+
+
+@pytest.mark.parametrize("remove", ["edge", "pair"])
+def test_what_carries_no_message_in_a_step(remove: Literal["edge", "pair"]) -> None:
+    rng = np.random.default_rng(0)
+    triples = np.unique(rng.integers(0, [12, 3, 12], (200, 3)), axis=0)
+    data = Graph.from_arrays({"train": triples}, 12, 3)
+    config = replace(SMALL, gnn=replace(SMALL.gnn, fanouts=(-1,), remove=remove))
+    maker = BatchMaker(triples, data.message_index(), data.known(["train"]), config, 3, 16, 0)
+    for step in range(maker.steps):
+        asked = [tuple(t) for t in triples[maker._positions(0, step)].tolist()]
+        pairs = {frozenset((h, t)) for h, _, t in asked}
+        around = maker.make(0, step).neighbourhood
+        ((targets, source, target, relation),) = around.hops
+        ends = zip(around.nodes[source].tolist(), relation.tolist(), around.nodes[target].tolist(), strict=True)
+        heard = {(s, r, d) if r < 3 else (d, r - 3, s) for s, r, d in ends}
+        reached = set(around.nodes[:targets].tolist())
+        left = {(h, r, t) for h, r, t in map(tuple, triples.tolist()) if {h, t} & reached} - set(asked)
+        if remove == "pair":
+            left = {(h, r, t) for h, r, t in left if frozenset((h, t)) not in pairs}
+        assert heard == left
 
 
 def test_batches_made_ahead_are_those_made_in_place() -> None:
