@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from kgray.reasoning.explain import Fact, FiredRule
@@ -33,17 +35,24 @@ class Vocabulary:
     def relation(self, number: int) -> str:
         return _label(self.relation_ids[number], self.relation_names[number])
 
+    @cached_property
+    def between(self) -> Sequence[str]:
+        """Ids of relations as they stand between two entities: of a long one its end, which says the most, where no
+        other relation ends so."""
+        ends = [_end(name) for name in self.relation_ids]
+        often = Counter(ends)
+        return [end if often[end] == 1 else name for end, name in zip(ends, self.relation_ids, strict=True)]
+
     def answer(self, one: Explanation, number: int) -> str:
         """A candidate of the explained query."""
         return self.relation(number) if one.task == "relation" else self.entity(number)
 
     def fact(self, fact: Fact) -> str:
         """``head -relation-> tail``."""
-        return f"{self.entity(fact.head)} -{self.relation_ids[fact.relation]}-> {self.entity(fact.tail)}"
+        return f"{self.entity(fact.head)} -{self.between[fact.relation]}-> {self.entity(fact.tail)}"
 
     def rule(self, fired: FiredRule) -> str:
-        names = [_short(name) for name in self.relation_ids]
-        return rule_text(fired.rule, self.entity_names, names)
+        return rule_text(fired.rule, self.entity_names, self.between)
 
 
 def render(one: Explanation, words: Vocabulary, number: int) -> str:
@@ -60,7 +69,7 @@ def render(one: Explanation, words: Vocabulary, number: int) -> str:
     lines += _rules(one, words)
     lines += _paths(one, words)
     lines += _neighbours(one.neighbours, words)
-    return "\n".join(line if len(line) <= WIDTH else line[: WIDTH - 3] + "..." for line in lines)
+    return "\n".join(part for line in lines for part in _folded(line))
 
 
 def _addends(one: Explanation, words: Vocabulary) -> list[str]:
@@ -166,7 +175,7 @@ def to_json(one: Explanation, words: Vocabulary) -> dict[str, Any]:
         "rules_score": one.rules_score,
         "rules": [
             {
-                "rule": words.rule(fired),
+                "rule": rule_text(fired.rule, words.entity_names, words.relation_ids),
                 "confidence": fired.rule.confidence,
                 "support": fired.rule.support,
                 "body_size": fired.rule.body_size,
@@ -201,6 +210,20 @@ def _label(external: str, name: str) -> str:
 def _short(text: str, longest: int = _LONGEST) -> str:
     text = " ".join(text.split())
     return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
+def _end(text: str) -> str:
+    """A long text from one of its / or . on, as much of its end as is no longer than others are."""
+    if len(text) <= _LONGEST:
+        return text
+    places = [place for place, letter in enumerate(text) if letter in "/." and place >= len(text) + 3 - _LONGEST]
+    return "..." + text[places[0] :] if places else text
+
+
+def _folded(line: str) -> list[str]:
+    """A line in as many of WIDTH as it takes, the later ones further in."""
+    inner = " " * (len(line) - len(line.lstrip()) + 4)
+    return textwrap.wrap(line, WIDTH, subsequent_indent=inner, break_on_hyphens=False) if len(line) > WIDTH else [line]
 
 
 def _signed(value: float | None) -> str:
