@@ -108,6 +108,14 @@ def test_every_configuration_of_the_project_is_valid_and_shows_as_an_equal_one(n
     assert load_config(Settings, str(again)) == settings
 
 
+@pytest.mark.parametrize("name", ["wn18rr.yaml", "wn18rr-unseen.yaml"])
+def test_the_recipe_for_a_gpu_trains_the_whole_encoder(name, monkeypatch):
+    monkeypatch.setenv("KGRAY_DATA", "/data")
+    plain, gpu = (load_config(Settings, str(REPO / "configs" / name), [f"recipe={r}"]) for r in ("none", "gpu"))
+    assert (plain.text.tuning.mode, gpu.text.tuning.mode) == ("last_layers", "full")
+    assert gpu.data == plain.data
+
+
 def test_configurations_that_need_data_say_which_variable(monkeypatch):
     monkeypatch.delenv("KGRAY_DATA", raising=False)
     with pytest.raises(ConfigError, match="environment variable KGRAY_DATA"):
