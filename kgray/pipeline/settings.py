@@ -72,6 +72,12 @@ class MembersConfig:
         (), "Variants of the model trained beside it: text_only (no graph), graph_only (no text)."
     )
     seeds: tuple[int, ...] = option((), "Seeds of further trainings of the same model (bagging).")
+    snapshots: int = option(
+        0,
+        "Further members from the one training of the main model: its learning rate falls and rises anew so many times "
+        "before it falls for the last time, and the weights reached are kept each time (snapshot ensemble, Huang et "
+        "al. 2017). It does not stop early then.",
+    )
     models: dict[str, ModelMember] = option({}, "Further models, by a name of your own.")
     pseudo: PseudoConfig | None = option(
         None,
@@ -93,6 +99,8 @@ class MembersConfig:
             given = getattr(self, key)
             if len(set(given)) != len(given):
                 raise ConfigError(key, list(given), "each of them once")
+        if self.snapshots < 0:
+            raise ConfigError("snapshots", self.snapshots, "a number of 0 or more")
         if any(seed < 0 for seed in self.seeds):
             raise ConfigError("seeds", list(self.seeds), "numbers from 0 up")
         for name in self.models:
@@ -124,6 +132,9 @@ class Settings:
         if self.train.seed in self.members.seeds:
             expected = f"seeds other than train.seed={self.train.seed}"
             raise ConfigError("members.seeds", list(self.members.seeds), expected)
+        if self.members.snapshots >= self.train.epochs:
+            expected = f"fewer than train.epochs={self.train.epochs}: each takes an epoch at least"
+            raise ConfigError("members.snapshots", self.members.snapshots, expected)
         if self.text is None:
             object.__setattr__(self, "model", _without_text(self.model))
             models = {k: replace(m, model=_without_text(m.model)) for k, m in self.members.models.items()}

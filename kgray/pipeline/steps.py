@@ -10,10 +10,10 @@ model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kgray.artifact import Artifact, Draft, Recipe
 from kgray.errors import ConfigError
@@ -28,9 +28,10 @@ from kgray.text.config import TextConfig
 from kgray.text.tuning_config import TuningConfig
 from kgray.training.config import PseudoConfig, TrainConfig
 from kgray.training.families import TrainableConfig
+from kgray.training.variations import Cycles, Lesson, Snapshot, Variation
 
-if TYPE_CHECKING:
-    from kgray.training.distributed import Lesson
+Vary = Callable[[Work], Variation]
+"""What sets a training apart, made when the artifacts it may need are there."""
 
 ABLATIONS: tuple[Ablation, ...] = ("text_only", "graph_only")
 """Variants trained and measured beside the model when ``evaluate.ablations`` is on."""
@@ -52,11 +53,16 @@ def steps_of(settings: Settings) -> list[Step]:
             steps.append(_train_step(ablation(settings.model, which), settings.train, f" {which}"))
         if which in measured:
             steps.append(_evaluate_step(f"train {which}", f" {which}", ()))
-    steps.append(_train_step(settings.model, settings.train, ""))
+    kept = settings.members.snapshots
+    steps.append(_train_step(settings.model, settings.train, "", (lambda _: Cycles(kept)) if kept else None))
+    for number in range(1, kept + 1):
+        vary = partial(_snapshot, number=number)
+        steps.append(_train_step(settings.model, settings.train, f" snapshot {number}", vary, ("train",)))
     for seed in settings.members.seeds:
         steps.append(_train_step(settings.model, replace(settings.train, seed=seed), f" seed {seed}"))
     if settings.members.pseudo is not None:
-        steps.append(_train_step(settings.model, settings.train, " pseudo", settings.members.pseudo))
+        vary = partial(_lesson, pseudo=settings.members.pseudo)
+        steps.append(_train_step(settings.model, settings.train, " pseudo", vary, ("train",)))
     for name, member in settings.members.models.items():
         steps.append(_train_step(member.model, member.train or settings.train, f" {name}"))
     if settings.members.paths is not None:
@@ -96,6 +102,7 @@ def members_of(settings: Settings) -> dict[str, str]:
     """The steps whose models are mixed, by the name a member goes by in reports and explanations."""
     found = {"fused": "train"}
     found |= {which: f"train {which}" for which in variants_of(settings)}
+    found |= {f"snapshot {n}": f"train snapshot {n}" for n in range(1, settings.members.snapshots + 1)}
     found |= {f"seed {seed}": f"train seed {seed}" for seed in settings.members.seeds}
     if settings.members.pseudo is not None:
         found["pseudo"] = "train pseudo"
@@ -139,16 +146,16 @@ def targets_of(job: str, settings: Settings) -> list[str]:
 
 
 def _train_step(
-    model: TrainableConfig, train: TrainConfig, suffix: str, pseudo: PseudoConfig | None = None
+    model: TrainableConfig, train: TrainConfig, suffix: str, vary: Vary | None = None, after: tuple[str, ...] = ()
 ) -> Step:
-    """Training one model. suffix: tells its step from the main one. pseudo: it learns from that one too."""
+    """Training one model. suffix: tells its step from the main one. after: the steps that ``vary`` needs."""
     needs = ("ingest", "embed") if _reads_text(model) else ("ingest",)
     return Step(
         f"train{suffix}",
-        needs if pseudo is None else (*needs, "train"),
-        partial(_train_recipe, model=model, train=train, pseudo=pseudo),
-        partial(_train, model=model, train=train, pseudo=pseudo),
-        ("model", "train") if pseudo is None else ("model", "train", "members"),
+        (*needs, *after),
+        partial(_train_recipe, model=model, train=train, vary=vary),
+        partial(_train, model=model, train=train, vary=vary),
+        ("model", "train") if vary is None else ("model", "train", "members"),
     )
 
 
@@ -226,29 +233,31 @@ def _vectors(work: Work, model: TrainableConfig) -> Artifact | None:
     return work.artifacts["embed"] if _reads_text(model) else None
 
 
-def _lesson(work: Work, pseudo: PseudoConfig | None) -> Lesson | None:
-    from kgray.training.distributed import Lesson
-
-    return None if pseudo is None else Lesson(work.artifacts["train"], pseudo)
+def _lesson(work: Work, pseudo: PseudoConfig) -> Variation:
+    return Lesson(work.artifacts["train"], pseudo)
 
 
-def _train_recipe(work: Work, model: TrainableConfig, train: TrainConfig, pseudo: PseudoConfig | None) -> Recipe:
+def _snapshot(work: Work, number: int) -> Variation:
+    return Snapshot(work.artifacts["train"], number)
+
+
+def _train_recipe(work: Work, model: TrainableConfig, train: TrainConfig, vary: Vary | None) -> Recipe:
     from kgray.training.distributed import train_recipe
 
-    graph, vectors, lesson = work.artifacts["ingest"], _vectors(work, model), _lesson(work, pseudo)
-    return train_recipe(work.store, model, train, graph, vectors, lesson)
+    graph, vectors = work.artifacts["ingest"], _vectors(work, model)
+    return train_recipe(work.store, model, train, graph, vectors, vary and vary(work))
 
 
 def _train(
-    work: Work, draft: Draft, run: Run, model: TrainableConfig, train: TrainConfig, pseudo: PseudoConfig | None
+    work: Work, draft: Draft, run: Run, model: TrainableConfig, train: TrainConfig, vary: Vary | None
 ) -> Mapping[str, Any]:
     from kgray.pipeline.relay import relay
     from kgray.training import distributed
 
-    graph, vectors, lesson = work.artifacts["ingest"], _vectors(work, model), _lesson(work, pseudo)
+    graph, vectors = work.artifacts["ingest"], _vectors(work, model)
     with relay(run) as on_metrics:
         return distributed.train(
-            draft, work.store, model, train, graph, vectors, lesson, on_metrics=on_metrics
+            draft, work.store, model, train, graph, vectors, vary and vary(work), on_metrics=on_metrics
         )
 
 

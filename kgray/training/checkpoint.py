@@ -21,7 +21,7 @@ class Position:
 
     epoch, step: the next step to take. loss_sum, steps: running mean of the epoch under way.
     best: the best validation MRR so far and its epoch; stale: validations since. history: one row an epoch.
-    best_weights: the model's state at the best validation.
+    best_weights: the model's state at the best validation. snapshots: at the end of each cycle so far but the last.
     """
 
     epoch: int = 0
@@ -33,6 +33,7 @@ class Position:
     stale: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
     best_weights: dict[str, Tensor] = field(default_factory=dict)
+    snapshots: list[dict[str, Tensor]] = field(default_factory=list)
 
 
 def save_checkpoint(

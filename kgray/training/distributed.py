@@ -21,10 +21,13 @@ from kgray.machine import local_cores
 from kgray.runtime import cluster_cpus, cluster_gpus, worker_progress
 from kgray.text.config import TextConfig
 from kgray.text.places import EncoderPlace, local_place
-from kgray.training.config import PseudoConfig, TrainConfig
+from kgray.training.config import TrainConfig
 from kgray.training.families import TrainableConfig, family_of
+from kgray.training.variations import Cycles, Lesson, Snapshot, Variation, snapshot_file
 
 if TYPE_CHECKING:
+    from kgray.graph.graph import Graph
+    from kgray.training.loop import Fit
     from kgray.training.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -49,15 +52,7 @@ class Job:
     train: TrainConfig
     info: Mapping[str, Any]
     text: tuple[TextConfig, EncoderPlace] | None = None
-    lesson: Lesson | None = None
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """Pseudo-labels to train on besides the training triples: a ``model`` artifact, and what it is asked."""
-
-    teacher: Artifact
-    pseudo: PseudoConfig
+    variation: Variation | None = None
 
 
 def train_recipe(
@@ -66,14 +61,15 @@ def train_recipe(
     train: TrainConfig,
     graph: Artifact,
     vectors: Artifact | None,
-    lesson: Lesson | None = None,
+    variation: Variation | None = None,
 ) -> Recipe:
     """What a ``model`` artifact depends on; the number of workers counts, as it sets the global batch."""
-    inputs = (graph.source,) if vectors is None else (graph.source, vectors.source)
+    inputs = [graph] if vectors is None else [graph, vectors]
     config = {family_of(model).section: to_dict(model), "train": identity(train)}
-    if lesson is not None:
-        inputs, config["pseudo"] = (*inputs, lesson.teacher.source), to_dict(lesson.pseudo)
-    return Recipe("model", FORMAT, inputs, config)
+    if variation is not None:
+        inputs += variation.sources
+        config |= variation.told
+    return Recipe("model", FORMAT, tuple(one.source for one in inputs), config)
 
 
 def identity(train: TrainConfig) -> dict[str, Any]:
@@ -88,7 +84,7 @@ def train(
     train: TrainConfig,
     graph: Artifact,
     vectors: Artifact | None,
-    lesson: Lesson | None = None,
+    variation: Variation | None = None,
     *,
     on_metrics: OnMetrics | None = None,
 ) -> dict[str, Any]:
@@ -100,8 +96,8 @@ def train(
     fit the data, and Ray's TrainingFailedError when workers fail more than ``train.max_failures`` times.
     """
     info = {"train": to_dict(train), "vectors": None if vectors is None else vectors.version}
-    job = Job(draft, graph, vectors, model, train, info, lesson=lesson)
-    return run_workers(store, train_recipe(store, model, train, graph, vectors, lesson).version, job, on_metrics)
+    job = Job(draft, graph, vectors, model, train, info, variation=variation)
+    return run_workers(store, train_recipe(store, model, train, graph, vectors, variation).version, job, on_metrics)
 
 
 def run_workers(store: Store, run: str, job: Job, on_metrics: OnMetrics | None) -> dict[str, Any]:
@@ -176,7 +172,6 @@ def _loop(config: dict[str, Any]) -> dict[str, Any]:
     """One worker of Ray Train."""
     import ray.train
 
-    from kgray.training.loop import Fit, fit
     from kgray.training.worker import Worker
 
     class RayWorker(Worker):
@@ -193,12 +188,7 @@ def _loop(config: dict[str, Any]) -> dict[str, Any]:
         worker = RayWorker("cuda" if ray.train.torch.get_device().type == "cuda" else "cpu")
         worker.device = ray.train.torch.get_device()
         graph, read = _inputs(job, worker)
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            done: Fit = fit(graph, read, job.model, job.train, worker)
-        else:
-            with checkpoint.as_directory() as folder:
-                done = fit(graph, read, job.model, job.train, worker, resume=Path(folder))
+        done = _fit(job, graph, read, worker)
         counts = _write(job, graph, done) if worker.rank == 0 else {}
     except UserError as error:
         # A wrong configuration fails the same way on every worker and every attempt: returned, it is not retried.
@@ -206,7 +196,24 @@ def _loop(config: dict[str, Any]) -> dict[str, Any]:
     return {"counts": counts}
 
 
-def _inputs(job: Job, worker: Worker) -> tuple[Any, Any]:
+def _fit(job: Job, graph: Graph, read: Any, worker: Worker) -> Fit:
+    import ray.train
+    from safetensors.torch import load_file
+
+    from kgray.training.loop import Trainer, fit
+
+    if isinstance(job.variation, Snapshot):
+        weights = load_file(job.variation.training.local_path(job.variation.file))
+        return Trainer(graph, read, job.model, job.train, worker).finish_with(weights)
+    snapshots = job.variation.kept if isinstance(job.variation, Cycles) else 0
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return fit(graph, read, job.model, job.train, worker, snapshots=snapshots)
+    with checkpoint.as_directory() as folder:
+        return fit(graph, read, job.model, job.train, worker, resume=Path(folder), snapshots=snapshots)
+
+
+def _inputs(job: Job, worker: Worker) -> tuple[Graph, Any]:
     from kgray.graph.graph import Graph
     from kgray.model.bundle import Bundle
     from kgray.text.tokens import read_texts
@@ -217,22 +224,28 @@ def _inputs(job: Job, worker: Worker) -> tuple[Any, Any]:
     if job.text is not None:
         text, place = job.text
         return graph, read_texts(job.graph, text, local_place(text, place).path)
-    if job.lesson is not None:
+    if isinstance(job.variation, Lesson):
         labels = None
         if worker.rank == 0:  # decided once: machines that round differently would not ask for the same triples
-            labels = pseudo_labels(Bundle.load(job.lesson.teacher).scorer, graph, job.lesson.pseudo)
+            teacher = Bundle.load(job.variation.teacher)
+            labels = pseudo_labels(teacher.scorer, graph, job.variation.pseudo)
         graph = graph.with_pseudo(worker.gather(labels)[0])
     return graph, None if job.vectors is None else load_vectors(job.vectors)
 
 
-def _write(job: Job, graph: Any, done: Any) -> dict[str, Any]:
+def _write(job: Job, graph: Graph, done: Fit) -> dict[str, Any]:
+    from safetensors.torch import save_file
+
     info = {
         **job.info,
         "metrics": {done.metric: done.best},
         "best_epoch": done.best_epoch,
         "epochs": sum(row["epoch"] >= 0 for row in done.history),
     }
-    done.task.write(job.draft.local_dir(), done.scorer, graph, done.history, info)
+    folder = job.draft.local_dir()
+    done.task.write(folder, done.scorer, graph, done.history, info)
+    for number, weights in enumerate(done.snapshots, start=1):
+        save_file({k: v.contiguous() for k, v in weights.items()}, folder / snapshot_file(number))
     job.draft.upload_local()
     job.draft.drop_local()
     return {

@@ -45,7 +45,8 @@ LOG_SECONDS = 15.0
 
 @dataclass(frozen=True)
 class Fit:
-    """A finished run: the task whose model has its best weights, what it answers with, and how it went."""
+    """A finished run: the task whose model has its best weights, what it answers with, and how it went. snapshots: the
+    weights at the end of each cycle but the last."""
 
     task: Task[Any, Any]
     scorer: Scorer
@@ -53,6 +54,7 @@ class Fit:
     best_epoch: int
     best: float
     metric: str = METRIC
+    snapshots: Sequence[Mapping[str, torch.Tensor]] = ()
 
     @property
     def model(self) -> nn.Module:
@@ -63,8 +65,16 @@ class Trainer:
     """One run of the loop on one worker."""
 
     def __init__(
-        self, graph: Graph, read: Vectors | Texts | None, model: TrainableConfig, train: TrainConfig, worker: Worker
+        self,
+        graph: Graph,
+        read: Vectors | Texts | None,
+        model: TrainableConfig,
+        train: TrainConfig,
+        worker: Worker,
+        snapshots: int = 0,
     ) -> None:
+        if snapshots >= train.epochs:
+            raise ValueError(f"{snapshots} snapshots and an end need more than {train.epochs} epochs")
         if not len(graph.triples["train"]):
             raise TrainingError(f"graph {graph.version} has no training triples: nothing to learn from")
         if not len(graph.triples["valid"]):
@@ -81,7 +91,9 @@ class Trainer:
         self.side = "both" if "tail" in self.task.validated else "relation"
         self.metric = METRIC.replace("both", self.side)
         updates = -(-self.batches.steps // train.accumulate)
-        self.optimisers = Optimisers(self.model, train.optimiser, updates * train.epochs)
+        self.ends = [train.epochs * (cycle + 1) // (snapshots + 1) for cycle in range(snapshots + 1)]
+        epochs = [end - start for start, end in zip([0, *self.ends], self.ends, strict=False)]
+        self.optimisers = Optimisers(self.model, train.optimiser, [updates * length for length in epochs])
         self.autocast = autocast_dtype(train.precision, worker.device)
         self.known = graph.known(filter_splits("valid"))
         self.valid = self._valid_share()
@@ -90,6 +102,7 @@ class Trainer:
             "graph": graph.version,
             "model": to_dict(model),
             "train": {k: v for k, v in to_dict(train).items() if k not in _NOT_IDENTITY},
+            **({"snapshots": snapshots} if snapshots else {}),
         }
         # Every rank draws its own dropout; initial weights above are the same on all.
         torch.manual_seed(self._dropout_seed())
@@ -127,18 +140,30 @@ class Trainer:
         if self.task.pretrained and not at.history:
             at.history.append({"epoch": -1.0, **self._validate()})
             self.worker.say("before training: %s %.4f", self.metric, at.best)
-        while at.epoch < self.config.epochs and at.stale < self.config.patience:
+        while at.epoch < self.config.epochs and not self._impatient():
             started = time.monotonic()
             self._epoch()
             row = {"epoch": float(at.epoch), **{f"train.{k}": v / at.steps for k, v in at.loss_sum.items()}}
             seconds = time.monotonic() - started
             at.epoch, at.step, at.steps, at.loss_sum = at.epoch + 1, 0, 0, {}
-            if at.epoch % self.config.evaluate_every == 0 or at.epoch == self.config.epochs:
+            if at.epoch % self.config.evaluate_every == 0 or at.epoch in self.ends:
                 row |= self._validate()
+            if at.epoch in self.ends[:-1]:
+                at.snapshots.append(_copy(self.model))
             at.history.append(row)
             self._tell(row, seconds)
             self._checkpoint(row)
         return self._finish()
+
+    def finish_with(self, weights: Mapping[str, torch.Tensor]) -> Fit:
+        """The run as if it had ended with these weights, without a step."""
+        self.model.load_state_dict(weights)
+        self.position.history.append({"epoch": -1.0, **self._validate()})
+        return self._finish()
+
+    def _impatient(self) -> bool:
+        # In cycles, the learning rate that rises anew makes validations worse for a while, and is meant to.
+        return len(self.ends) == 1 and self.position.stale >= self.config.patience
 
     def _epoch(self) -> None:
         """Take the steps of one epoch that are still to take."""
@@ -206,7 +231,7 @@ class Trainer:
         metrics = self._rank(self.task.scorer())
         if metrics[self.metric] > at.best:
             at.best, at.best_epoch, at.stale = metrics[self.metric], at.epoch, 0
-            at.best_weights = {k: v.detach().cpu().clone() for k, v in self.model.state_dict().items()}
+            at.best_weights = _copy(self.model)
         else:
             at.stale += 1
         return metrics
@@ -241,7 +266,7 @@ class Trainer:
         at = self.position
         if at.best_weights:
             self.model.load_state_dict(at.best_weights)
-        why = "patience ran out" if at.stale >= self.config.patience else "all epochs done"
+        why = "patience ran out" if self._impatient() else "all epochs done"
         self.worker.say(
             "%s after epoch %d: weights of epoch %d restored (%s %.4f)",
             why,
@@ -252,7 +277,11 @@ class Trainer:
         )
         self.model.eval()
         scorer, best = self.task.finish(lambda scorer: self._rank(scorer)[self.metric], at.best, self.worker.say)
-        return Fit(self.task, scorer, at.history, at.best_epoch, best, self.metric)
+        return Fit(self.task, scorer, at.history, at.best_epoch, best, self.metric, at.snapshots)
+
+
+def _copy(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
 
 
 _NOT_IDENTITY = ("workers", "device", "cpus_per_worker", "max_failures", "checkpoint_steps")
@@ -266,13 +295,15 @@ def fit(
     train: TrainConfig,
     worker: Worker | None = None,
     resume: Path | None = None,
+    snapshots: int = 0,
 ) -> Fit:
     """Train on one worker; call it directly in a notebook or a script, or under Ray Train with its worker.
 
     read: what the model reads besides the graph: text vectors, or (where the encoder itself learns) texts.
-    resume: the folder of a checkpoint of the same run, or None to start.
+    resume: the folder of a checkpoint of the same run, or None to start. snapshots: how many weights to keep on the
+    way, the learning rate falling once more than that; there is no early stopping then.
     """
-    trainer = Trainer(graph, read, model, train, worker or Worker(train.device))
+    trainer = Trainer(graph, read, model, train, worker or Worker(train.device), snapshots)
     if resume is not None:
         trainer.resume(resume)
     return trainer.fit()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,12 +16,13 @@ from kgray.training.config import OptimiserConfig
 class Optimisers:
     """AdamW for dense weights and Adagrad (Duchi et al. 2011) for tables of vectors, moved together.
 
-    total_steps: weight updates of the whole run; the schedule is a function of the update's number alone.
+    cycles: weight updates of each fall of the learning rate, in order; the schedule is a function of the update's
+    number alone.
     """
 
-    def __init__(self, model: nn.Module, config: OptimiserConfig, total_steps: int) -> None:
+    def __init__(self, model: nn.Module, config: OptimiserConfig, cycles: Sequence[int]) -> None:
         self.config = config
-        self.total_steps = total_steps
+        self.cycles = tuple(cycles)
         self.updates = 0
         tables = [m.weight for m in model.modules() if isinstance(m, Table)]
         others = {id(table) for table in tables}
@@ -37,9 +39,16 @@ class Optimisers:
 
     def factor(self, update: int) -> float:
         """What the peak learning rates are multiplied by at this update."""
-        warmup = self.config.warmup * self.total_steps
+        *earlier, last = self.cycles
+        steps = last
+        for cycle in earlier:
+            if update < cycle:
+                steps = cycle
+                break
+            update -= cycle
+        warmup = self.config.warmup * steps
         rise = min(1.0, (update + 1) / warmup) if warmup else 1.0
-        done = min(1.0, update / max(1, self.total_steps))
+        done = min(1.0, update / max(1, steps))
         if self.config.schedule == "linear":
             return rise * (1 - done)
         if self.config.schedule == "cosine":

@@ -132,7 +132,7 @@ def test_the_pipeline_with_ablations_deploys_and_shows_its_answers_again(run, tm
         port = free.getsockname()[1]
     options = [f"storage.root={tmp_path}", f"serve.port={port}", "evaluate.ablations=true", *SMALL]
     # A member of every family: a variant, which is an ablation too, another seed, paths and rules.
-    options += ["members.variants=[text_only]", "members.seeds=[1]"]
+    options += ["members.variants=[text_only]", "members.seeds=[1]", "train.epochs=2", "members.snapshots=1"]
     options += ["members.paths.model={layers: 2, dim: 8, keep: 20}", "members.paths.train.epochs=1"]
     options += ["members.relations={}", "members.relations.train.epochs=1"]
     try:
@@ -142,10 +142,11 @@ def test_the_pipeline_with_ablations_deploys_and_shows_its_answers_again(run, tm
     assert status == 0, err[-3000:]
     assert list(statuses(result)) == [
         *("ingest", "embed", "train text_only", "evaluate text_only"),
-        *("train graph_only", "evaluate graph_only", "train", "train seed 1", "train paths", "train relations", "mine"),
-        *("ensemble", "evaluate", "deploy"),
+        *("train graph_only", "evaluate graph_only", "train", "train snapshot 1", "train seed 1"),
+        *("train paths", "train relations", "mine", "ensemble", "evaluate", "deploy"),
     ]
-    members = [f"member {name}" for name in ("fused", "text_only", "seed 1", "paths", "relations", "rules")]
+    names = ("fused", "text_only", "snapshot 1", "seed 1", "paths", "relations", "rules")
+    members = [f"member {name}" for name in names]
     for row in ("model", *members, "text_only", "graph_only", "baseline"):
         assert f"\n  {row}" in out
     assert f"POST http://127.0.0.1:{port}/v1/predict" in out

@@ -154,11 +154,11 @@ def test_storage_follows_the_environment_and_lies_outside_the_checkout_by_defaul
             "deploy",
             [
                 *("members.variants=[text_only]", "members.seeds=[4]", "members.paths={}", "members.relations={}"),
-                "members.pseudo={}",
+                *("members.pseudo={}", "members.snapshots=2"),
             ],
             [
                 *("ingest", "embed", "train", "train text_only", "train seed 4", "train pseudo", "train paths"),
-                "train relations",
+                *("train snapshot 1", "train snapshot 2", "train relations"),
                 *("mine", "ensemble"),
             ],
         ),
@@ -175,6 +175,12 @@ def test_a_job_asks_for_its_steps_and_what_they_need(job, overrides, steps):
     chosen = [step.name for step in needed(steps_of(settings), targets_of(job, settings))]
     assert sorted(chosen) == sorted(steps)
     assert chosen[-1] == steps[-1]
+
+
+@pytest.mark.parametrize(("snapshots", "expected"), [(-1, "0 or more"), (4, "fewer than train.epochs=4")])
+def test_snapshots_fit_into_the_epochs(snapshots, expected):
+    with pytest.raises(ConfigError, match=rf"members\.snapshots.*{expected}"):
+        load_config(Settings, QUICKSTART, [f"members.snapshots={snapshots}", "train.epochs=4"])
 
 
 @pytest.mark.parametrize("name", ["rules", "seed 3", ""])

@@ -197,10 +197,43 @@ def test_an_error_while_making_a_batch_reaches_the_loop() -> None:
 
 def test_schedule_rises_and_falls() -> None:
     model = torch.nn.Linear(2, 2)
-    optimisers = Optimisers(model, OptimiserConfig(warmup=0.1, schedule="linear"), 100)
+    optimisers = Optimisers(model, OptimiserConfig(warmup=0.1, schedule="linear"), [100])
     factors = [optimisers.factor(u) for u in range(101)]
     assert factors[0] == pytest.approx(0.1) and max(factors) == factors[9] and factors[100] == 0
     assert sorted(factors[9:], reverse=True) == factors[9:]
+
+
+def test_a_schedule_of_cycles_rises_anew() -> None:
+    model, config = torch.nn.Linear(2, 2), OptimiserConfig(warmup=0.1, schedule="cosine")
+    whole = Optimisers(model, config, [60, 40])
+    for start, length in ((0, 60), (60, 40)):
+        alone = Optimisers(model, config, [length])
+        factors = [whole.factor(start + update) for update in range(length)]
+        assert factors == [alone.factor(update) for update in range(length)]
+        assert factors[0] < 0.3 and factors[-1] < 0.01 < 0.9 < max(factors)
+    assert whole.factor(100) < 1e-9
+
+
+def test_snapshots_are_the_weights_at_the_ends_of_cycles_also_of_a_resumed_run(tmp_path: Path) -> None:
+    config = replace(TRAIN, epochs=5, patience=1, evaluate_every=5)
+    whole = fit(graph(), vectors(), SMALL, config, Keeping(tmp_path / "a"), snapshots=2)
+    assert len(whole.history) == 5, "patience does not end a training in cycles"
+    assert [METRIC in row for row in whole.history] == [True, False, True, False, True]
+    victim = Keeping(tmp_path / "b", last=3)
+    with pytest.raises(StopError):
+        fit(graph(), vectors(), SMALL, config, victim, snapshots=2)
+    resumed = fit(graph(), vectors(), SMALL, config, resume=victim.kept[-1], snapshots=2)
+    assert same(whole, resumed) and len(whole.snapshots) == len(resumed.snapshots) == 2
+    for one, other in zip(whole.snapshots, resumed.snapshots, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    with pytest.raises(TrainingError, match="another run: its snapshots"):
+        fit(graph(), vectors(), SMALL, config, resume=victim.kept[-1], snapshots=1)
+
+    for weights, row in zip(whole.snapshots, (whole.history[0], whole.history[2]), strict=True):
+        trainer = Trainer(graph(), vectors(), SMALL, config, Worker("cpu"))
+        done = trainer.finish_with(weights)
+        assert done.history[0][METRIC] == row[METRIC], "what was validated then"
+        assert done.best >= row[METRIC], "the weight of the structural view is found anew"
 
 
 def _two_workers(rank: int, port: int, folder: str) -> None:
