@@ -83,7 +83,8 @@ def configuration(cls: type[T]) -> type[T]:
 
 
 def load_config(cls: type[T], path: str, overrides: Sequence[str] = ()) -> T:
-    """Read a YAML file (over its ``base``, where it names one) and dotted overrides (``train.epochs=3``) into ``cls``.
+    """Read a YAML file (over its ``base``, where it names one), the one of its ``recipes`` that fits this machine, and
+    dotted overrides (``train.epochs=3``) into ``cls``.
 
     ``${VAR}`` and ``${VAR:-default}`` are replaced in every text (``$${`` stands for ``${``). Override
     values are YAML: ``text=null``, ``data.triples={train: a.tsv}``.
@@ -93,11 +94,13 @@ def load_config(cls: type[T], path: str, overrides: Sequence[str] = ()) -> T:
     """
     from kgray.config_text import read_settings
 
-    raw, origin = read_settings(str(path), overrides)
-    try:
-        return typing.cast(T, _value(cls, raw, "", origin.place))
-    except ConfigError as error:
-        raise _elsewhere(cls, error).at(origin.where(error.key)) from None
+    found = []
+    for raw, origin in read_settings(str(path), overrides):
+        try:
+            found.append(typing.cast(T, _value(cls, raw, "", origin.place)))
+        except ConfigError as error:
+            raise _elsewhere(cls, error).at(origin.where(error.key)) from None
+    return found[0]
 
 
 def show_config(config: Any) -> str:

@@ -7,8 +7,8 @@ whole numbers may carry underscores (``1_000_000``).
 
 from __future__ import annotations
 
+import contextlib
 import json
-import logging
 import os
 import re
 import textwrap
@@ -19,10 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from kgray.config import EnvText, PathMark, description
+from kgray.config_recipes import NONE, RECIPE, RECIPES, Layer, choose, names
 from kgray.errors import ConfigError, ConfigFileError
-from kgray.machine import Machine, this_machine
-
-log = logging.getLogger(__name__)
 
 _INT = re.compile(r"[-+]?(0|[1-9][0-9]*(_[0-9]+)*)$")
 _HEX = re.compile(r"0x[0-9a-fA-F]+$")
@@ -32,11 +30,12 @@ _VARIABLE = re.compile(r"\$\$\{|\$\{([^}]*)\}")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*$")
 BASE = "base"
 """The key by which a file names another one that it changes."""
-RECIPES, RECIPE = "recipes", "recipe"
-"""The keys of what is laid over a file on some machines, and of which of them is."""
-NEEDS = "needs"
 # What YAML wants escaped and JSON does not escape.
 _UNPRINTABLE = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
+
+
+class UnsetVariableError(ConfigError):
+    """A key needs an environment variable that is not set."""
 
 
 @dataclass
@@ -83,70 +82,65 @@ class Origin:
         return absolute
 
 
-def read_settings(path: str, overrides: Sequence[str]) -> tuple[dict[str, Any], Origin]:
-    """The file's mapping, laid over that of its ``base`` where it names one, with overrides laid over both and
-    variables expanded; and where each key stands.
+def read_settings(path: str, overrides: Sequence[str]) -> list[tuple[dict[str, Any], Origin]]:
+    """What the file says over its ``base``, where it names one, with the recipe for this machine, overrides laid over
+    all of it and variables expanded; and where each key stands. After it the same with each other recipe instead, as
+    far as the variables they name are set: what is wrong with one should not wait for the machine that takes it.
+
+    A recipe changes the file it stands in, and what is built on that file has the last word.
 
     Raises ConfigError (ConfigFileError where a file as a whole is at fault).
     """
     origin = Origin(path)
-    raw = _read_file(path, origin, ())
-    said: dict[str, Any] = {}
+    layers = _read_layers(path, ())
+    for layer in layers:
+        origin.lines |= layer.lines
+    asked, rest = _asked(overrides, origin)
+
+    def plain(value: Any, key: str) -> Any:
+        found = _expand(value, key, origin)
+        return parse_scalar(found) if isinstance(found, EnvText) else found
+
+    chosen = choose(layers, asked, path, plain, origin.where)
+    found = [_read(path, layers, chosen, rest)]
+    for name in (NONE, *names(layers)):
+        if name != chosen:
+            with contextlib.suppress(UnsetVariableError):
+                found.append(_read(path, layers, name, rest))
+    return found
+
+
+def _asked(overrides: Sequence[str], origin: Origin) -> tuple[Any, list[str]]:
+    """The recipe that overrides ask for, None for none, and the other overrides."""
+    asked: dict[str, Any] = {}
     rest = []
     for override in overrides:
-        if override.partition("=")[0].strip() == RECIPE:
-            _override(said, override, origin)
+        key = override.partition("=")[0].strip()
+        if key == RECIPE:
+            _override(asked, override, origin)
+        elif key.split(".")[0] in (RECIPE, RECIPES):
+            expected = f"{RECIPE}=NAME, {RECIPE}={NONE}, or the keys that the recipe changes"
+            raise ConfigError(key, problem="is no override", expected=expected).at("command line")
         else:
             rest.append(override)
-    raw = _lay_recipe(raw | said, origin)
-    for override in rest:
+    return asked.get(RECIPE), rest
+
+
+def _read(path: str, layers: Sequence[Layer], recipe: str, overrides: Sequence[str]) -> tuple[dict[str, Any], Origin]:
+    """The layers with one of their recipes."""
+    origin = Origin(path)
+    raw: dict[str, Any] = {}
+    for layer in layers:
+        for said, lines in filter(None, ((layer.said, layer.lines), layer.changes(recipe))):
+            raw = _lay_over(raw, said, "", origin)
+            origin.lines |= lines
+    for override in overrides:
         _override(raw, override, origin)
     return {key: _expand(value, key, origin) for key, value in raw.items()}, origin
 
 
-def _lay_recipe(raw: dict[str, Any], origin: Origin) -> dict[str, Any]:
-    """The file with one of its ``recipes`` laid over it: the one that ``recipe`` names, or the first whose ``needs``
-    this machine meets. Which one is logged."""
-    asked = raw.pop(RECIPE, "auto")
-    recipes = raw.pop(RECIPES, None) or {}
-    if not isinstance(recipes, dict) or not all(isinstance(one, dict) for one in recipes.values()):
-        expected = "names, and for each the sections it changes"
-        raise ConfigError(RECIPES, recipes, expected).at(origin.where(RECIPES))
-    if asked not in ("auto", "none", *recipes):
-        expected = f"auto, {', '.join(recipes)} or none" if recipes else "none: this file has no recipes"
-        raise ConfigError(RECIPE, asked, expected).at(origin.where(RECIPE))
-    if not recipes:
-        return raw
-    machine = this_machine()
-    needs = {name: _needs(name, one, origin) for name, one in recipes.items()}
-    fits = [name for name in recipes if all(getattr(machine, key) >= least for key, least in needs[name].items())]
-    chosen = (fits[0] if fits else "none") if asked == "auto" else asked
-    why = "as asked" if asked != "auto" else f"this machine has {machine}"
-    if chosen == "none":
-        others = "; ".join(f"{RECIPE}={name} needs {_flow(need)}" for name, need in needs.items())
-        log.info("recipe: %s as it stands, %s (%s)", origin.path, why, others)
-        return raw
-    log.info("recipe: %s of %s, %s (%s=none: the file without it)", chosen, origin.path, why, RECIPE)
-    above = f"{RECIPES}.{chosen}."
-    lines = {key.removeprefix(above): at for key, at in origin.lines.items() if key.startswith(above)}
-    raw = _lay_over(raw, {key: value for key, value in recipes[chosen].items() if key != NEEDS}, "", origin)
-    origin.lines |= lines
-    return raw
-
-
-def _needs(name: str, recipe: Mapping[str, Any], origin: Origin) -> dict[str, float]:
-    """What a machine must have for a recipe. Raises ConfigError."""
-    key = f"{RECIPES}.{name}.{NEEDS}"
-    needs = recipe.get(NEEDS)
-    least = [f.name for f in fields(Machine)]
-    numbers = isinstance(needs, dict) and all(type(value) in (int, float) for value in needs.values())
-    if not isinstance(needs, dict) or not needs or not numbers or set(needs) - set(least):
-        raise ConfigError(key, needs, f"the least it takes, of {', '.join(least)}: {{gpus: 1}}").at(origin.where(key))
-    return needs
-
-
-def _read_file(path: str, origin: Origin, below: tuple[Path, ...]) -> dict[str, Any]:
-    """What a file and its bases say; ``origin.lines`` is filled. below: the files whose base this one is."""
+def _read_layers(path: str, below: tuple[Path, ...]) -> list[Layer]:
+    """What the bases of a file and at last the file itself say. below: the files whose base this one is."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -160,6 +154,7 @@ def _read_file(path: str, origin: Origin, below: tuple[Path, ...]) -> dict[str, 
     if said is not None and not isinstance(said, dict):
         raise ConfigFileError(path, "must hold keys and values (section: ...) at the top level")
     raw: dict[str, Any] = said or {}
+    layers = []
     if BASE in raw:
         base, at = raw.pop(BASE), f"{path}:{lines.pop(BASE)}"
         if not isinstance(base, str):
@@ -170,9 +165,9 @@ def _read_file(path: str, origin: Origin, below: tuple[Path, ...]) -> dict[str, 
             raise ConfigError(BASE, base, "a configuration file, its path relative to this one").at(at)
         if found.resolve() in here:
             raise ConfigFileError(at, f"base: {base} is built on this very file")
-        raw = _lay_over(_read_file(os.path.normpath(found), origin, here), raw, "", origin)
-    origin.lines |= {key: (path, line) for key, line in lines.items()}
-    return raw
+        layers = _read_layers(os.path.normpath(found), here)
+    places = {key: (path, line) for key, line in lines.items()}
+    return [*layers, Layer.of(raw, places, Origin(path, places).where)]
 
 
 def _lay_over(base: dict[str, Any], raw: dict[str, Any], prefix: str, origin: Origin) -> dict[str, Any]:
@@ -330,11 +325,12 @@ def _expand(value: Any, key: str, origin: Origin) -> Any:
             return found
         if has_default:
             return default
-        raise ConfigError(
+        raise UnsetVariableError(
             key,
             problem=f"needs the environment variable {name}, which is not set",
             expected=f"it set, or a default: ${{{name}:-...}}",
-        ).at(origin.where(key))
+            where=origin.where(key),
+        )
 
     return EnvText(_VARIABLE.sub(replace, value))
 

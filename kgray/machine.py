@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 from dataclasses import dataclass
@@ -11,35 +12,51 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Machine:
-    """memory_gb: GiB this process may use."""
+    """memory_gib: what this process may use."""
 
     gpus: int
     cores: int
-    memory_gb: float
+    memory_gib: float
 
     def __str__(self) -> str:
         gpus = "no GPU" if not self.gpus else "1 GPU" if self.gpus == 1 else f"{self.gpus} GPUs"
-        return f"{gpus}, {self.cores} core{'s' if self.cores != 1 else ''}, {self.memory_gb:.0f} GiB"
+        return f"{gpus}, {self.cores} core{'s' if self.cores != 1 else ''}, {self.memory_gib:.1f} GiB"
 
 
 def this_machine() -> Machine:
-    """Asked anew each time; takes well under a millisecond."""
+    """Asked anew each time."""
     return Machine(local_gpus(), local_cores(), physical_memory() / 2**30)
 
 
 def local_gpus() -> int:
-    """NVIDIA GPUs this process may use: those that the driver lists, as far as CUDA_VISIBLE_DEVICES lets them be seen.
+    """NVIDIA GPUs this process may use: those of the driver, as far as CUDA_VISIBLE_DEVICES lets them be seen.
 
-    Neither torch nor CUDA is loaded. 0 where there is no Linux driver.
+    Neither torch nor CUDA is loaded. 0 where there is no driver.
     """
-    found = len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) or len(list(Path("/dev").glob("nvidia[0-9]*")))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
-        return found
-    named = [name.strip() for name in visible.split(",")]
-    if "-1" in named:  # CUDA itself stops reading there
-        named = named[: named.index("-1")]
-    return min(found, sum(bool(name) for name in named))
+        return _driver_gpus()
+    seen = set()
+    for name in (part.strip() for part in visible.split(",")):
+        number = name.isdecimal() and int(name) < _driver_gpus()
+        if not (number or name.startswith(("GPU-", "MIG-"))) or name in seen:
+            break  # CUDA itself stops at the first it does not know
+        seen.add(name)
+    return min(len(seen), _driver_gpus())
+
+
+def _driver_gpus() -> int:
+    """What NVIDIA's management library counts; the same that Ray asks."""
+    try:
+        library = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_uint()
+    if library.nvmlInit_v2():
+        return 0
+    failed = library.nvmlDeviceGetCount_v2(ctypes.byref(count))
+    library.nvmlShutdown()
+    return 0 if failed else count.value
 
 
 def local_cores() -> int:

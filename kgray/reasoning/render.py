@@ -213,11 +213,11 @@ def _short(text: str, longest: int = _LONGEST) -> str:
 
 
 def _end(text: str) -> str:
-    """A long text from one of its / or . on, as much of its end as is no longer than others are."""
+    """A long text from one of its / or # on, as much of its end as is no longer than others are."""
     if len(text) <= _LONGEST:
         return text
-    places = [place for place, letter in enumerate(text) if letter in "/." and place >= len(text) + 3 - _LONGEST]
-    return "..." + text[places[0] :] if places else text
+    ends = (text[place:] for place, letter in enumerate(text) if letter in "/#")
+    return next(("..." + end for end in ends if 4 <= len(end) <= _LONGEST - 3), text)
 
 
 def _folded(line: str) -> list[str]:

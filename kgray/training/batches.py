@@ -167,7 +167,7 @@ class BatchMaker(StepMaker[Batch]):
         self.num_entities = index.num_entities
         self.edges = index.num_triples  # pseudo-labels, which follow, carry no messages
         self.sampler = NeighbourSampler(index, model.gnn.fanouts) if model.gnn.kind != "none" else None
-        self.between = SamePair(triples[: self.edges]) if model.gnn.remove == "pair" and self.sampler else None
+        self.between = SamePair(triples) if model.gnn.remove == "pair" and self.sampler else None
         self.one_vs_all = model.objective.kind == "one_vs_all"
         self.candidates = self.num_entities if pool is None else len(pool)
         self.negatives = min(model.objective.negatives, self.candidates)
@@ -188,9 +188,8 @@ class BatchMaker(StepMaker[Batch]):
         positions = self._positions(epoch, step)
         heads, relations, tails = self.triples[positions].T
         seeds = self._candidates(heads, tails, generator)
-        own = positions[positions < self.edges]
-        if self.between is not None:
-            own = self.between(own)
+        own = positions if self.between is None else self.between(positions)
+        own = own[own < self.edges]
         blocks = self.sampler.sample(seeds, generator, exclude=own) if self.sampler else []
         local = self._local
         local[seeds] = np.arange(len(seeds))

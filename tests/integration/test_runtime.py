@@ -12,6 +12,7 @@ import pytest
 
 from kgray.artifact import Draft
 from kgray.errors import ConfigError, DataError, StorageError
+from kgray.machine import local_cores
 from kgray.runtime import (
     LEAST_LOGICAL_CPUS,
     RayConfig,
@@ -19,7 +20,6 @@ from kgray.runtime import (
     cluster_cpus,
     cluster_gpus,
     device_kind,
-    local_cores,
 )
 
 REPO = Path(__file__).resolve().parents[2]

@@ -26,6 +26,7 @@ FLOORS = {
     "kgray.lineage": 3,
     "kgray.artifact": 2,
     "kgray.config": 2,
+    "kgray.config_recipes": 2,
     "kgray.config_text": 2,
     "kgray.runtime": 2,
     "kgray.machine": 2,

@@ -45,6 +45,19 @@ def test_both_ends_of_every_fact_are_told() -> None:
     assert " ".join(text.split()).count("Bosnia and Herzegovina, a country in ... (/m/0166b)") == 1 + len(facts)
 
 
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("/film/performance/special_performance_type./film/performance/film", ".../film/performance/film"),
+        ("http://www.w3.org/2000/01/rdf-schema#subClassOf", ".../2000/01/rdf-schema#subClassOf"),
+        ("https://example.org/a/very/long/namespace/indeed#knows", ".../a/very/long/namespace/indeed#knows"),
+        ("/" + "x" * 50 + "/", "/" + "x" * 50 + "/"),
+    ],
+)
+def test_what_is_shown_of_a_long_relation(name: str, shown: str) -> None:
+    assert Vocabulary(IDS, ENTITIES, [name], [name]).between == [shown]
+
+
 @pytest.mark.parametrize("longest", [10, 39, 40])
 def test_a_short_relation_is_left_alone(longest: int) -> None:
     name = "/" + "x" * (longest - 1)
