@@ -1,4 +1,5 @@
-"""What needs no learning: scorers that count training triples, ranked by the same evaluator as the model.
+"""What needs no learning: scorers that count the facts known when a question is asked (training triples, and support
+where entities are held out), ranked by the same evaluator as the model.
 
 A model is worth its cost only above these. They know nothing of text and nothing of the graph beyond one
 edge.
@@ -35,7 +36,7 @@ class Baseline:
     links: bool = False
 
     def scorer(self, train: npt.NDArray[Any], num_entities: int, num_relations: int) -> Scorer:
-        """Fit it to the training triples, (n, 3) integers; duplicates count once."""
+        """Fit it to the facts known, (n, 3) integers; duplicates count once."""
         scorer: Scorer = self.build(distinct_triples(train), num_entities, num_relations)
         return scorer
 

@@ -176,7 +176,7 @@ def prepare(graph: Artifact, config: EvaluateConfig) -> Prepared:
     return Prepared(
         known=loaded.known(filter_splits(config.split)).to_arrays(),
         strata=Strata.of(train, *size),
-        baselines={baseline.name: baseline.scorer(train, *size) for baseline in chosen},
+        baselines={baseline.name: baseline.scorer(loaded.context, *size) for baseline in chosen},
         near=adjacency(train, size[0]) if links else None,
     )
 

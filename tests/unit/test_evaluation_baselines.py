@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from kgray.evaluation.baselines import BASELINES, InverseRule
+from kgray.evaluation.config import EvaluateConfig
 from kgray.evaluation.counts import Counts, distinct_triples
 from kgray.evaluation.ranking import filter_splits, rank_triples
+from kgray.evaluation.shards import prepare
 from kgray.graph.filter_index import FilterIndex
 from kgray.graph.graph import Graph
 
@@ -141,3 +143,13 @@ def test_real_data_gives_the_numbers_measured_independently(data_root: Path) -> 
     assert marginals.metrics()["test.relation.realistic.filtered.full.mrr"] >= 0.811
     rule = measure("inverse_rule", splits, n, r, ("relation",))
     assert rule.metrics()["test.relation.realistic.filtered.full.mrr"] >= 0.884
+
+
+def test_of_entities_held_out_the_support_edges_count_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Entity 4 is in no training triple; that 1 likes it is support, and liking is mutual in training."""
+    train = np.array([[0, 0, 1], [1, 0, 0], [2, 0, 3], [3, 0, 2]])
+    graph = Graph.from_arrays({"train": train, "support": np.array([[1, 0, 4]])}, 5, 1)
+    monkeypatch.setattr("kgray.evaluation.shards.Graph.load", lambda _: graph)
+    prepared = prepare(None, EvaluateConfig())  # type: ignore[arg-type]
+    scores = prepared.baselines["inverse_rule"].score_tails(torch.tensor([4]), torch.tensor([0]))
+    assert scores.argmax() == 1
