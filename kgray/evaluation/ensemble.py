@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FORMAT = 3  # 3: known facts among the candidates of a second look move no other score
+FORMAT = 4  # 4: probabilities make good for answers that validation does not know
 _SHARDS_A_WORKER = 2
 _NOT_IDENTITY = ("score_memory_mb",)
 

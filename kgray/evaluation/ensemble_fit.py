@@ -37,6 +37,7 @@ from kgray.model.reranking_fit import SecondLook, fit_second_look
 log = logging.getLogger(__name__)
 
 PARTS: Mapping[str, tuple[str, ...]] = {"entity": ("tail", "head"), "relation": ("relation",)}
+_PARTS = ("head", "relation", "tail")
 METRICS = {
     "entity": "valid.both.realistic.filtered.crossfit.mrr",
     "relation": "valid.relation.realistic.filtered.crossfit.mrr",
@@ -178,7 +179,7 @@ def _fit_part(
         second = _look_again(config, config.second_look, graph, loaded, data, scores, choice)
         into.told["second_look"], into.reranker = second.to_json(), second.reranker
         scores, mrr = second.scores, second.mrr
-    fitted, measured = calibrate(data, choice, scores, config, loaded.num_relations)
+    fitted, measured = calibrate(data, choice, scores, config, loaded)
     into.tasks |= fitted
     into.metrics |= {METRICS[part]: mrr} | metrics_of(measured, "valid")
 
@@ -208,7 +209,7 @@ def _look_again(
 
 
 def calibrate(
-    data: Candidates, choice: Choice, scores: torch.Tensor, config: EnsembleConfig, num_relations: int
+    data: Candidates, choice: Choice, scores: torch.Tensor, config: EnsembleConfig, graph: Graph
 ) -> tuple[dict[str, TaskCalibration], dict[str, Reliability]]:
     """Calibration of each task of a part, on ``scores`` (Q, C) by what never saw the query; and how it does, fold by
     fold, on queries it never saw either."""
@@ -216,12 +217,12 @@ def calibrate(
     for side in sorted(set(data.queries.task.tolist())):
         task = SIDES[side]
         mine = (data.queries.task == side).numpy()
-        fitted[task] = _calibrate(data, scores, np.flatnonzero(mine), task, config, num_relations)
+        fitted[task] = _calibrate(data, scores, np.flatnonzero(mine), task, config, graph)
         measured[task] = Reliability()
         for number in range(int(choice.fold.max()) + 1):
             held, rest = mine & (choice.fold == number), mine & (choice.fold != number)
             if held.any() and rest.any():
-                found = _calibrate(data, scores, np.flatnonzero(rest), task, config, num_relations)
+                found = _calibrate(data, scores, np.flatnonzero(rest), task, config, graph)
                 _measure(measured[task], found, data, scores, np.flatnonzero(held))
     return fitted, measured
 
@@ -238,11 +239,14 @@ def _calibrate(
     rows: npt.NDArray[np.int64],
     task: str,
     config: EnsembleConfig,
-    num_relations: int,
+    graph: Graph,
 ) -> TaskCalibration:
     own, weight = scores[rows], data.log_weight[rows]
+    asked = data.triples[rows][:, [place for place, part in enumerate(_PARTS) if part != task]]
     return fit_task(
-        *(own, weight, _groups(data, rows), num_relations if task != "relation" else 1),
+        *(own, weight, _groups(data, rows), graph.num_relations if task != "relation" else 1),
+        questions=np.unique(asked.numpy(), axis=0, return_inverse=True)[1].reshape(-1),
+        unknown=len(graph.triples["valid"]) / len(rows),
         alpha=config.alpha,
         group=config.group,
         # Scores that say nothing keep the scale they have; their probabilities are then what isotonic makes of them.

@@ -16,6 +16,7 @@ from kgray.evaluation.calibration import (
     Calibration,
     Monotone,
     TaskCalibration,
+    _other_answers,
     conformal_quantile,
     conformal_thresholds,
     fit_task,
@@ -109,6 +110,70 @@ def test_isotonic_regression_against_the_obvious_one() -> None:
     assert np.abs(found(p[order]) - obvious).mean() < 0.05
     assert found(np.array([0.99]))[0] < 1
     assert Monotone.fit(p[:20], right[:20])(np.array([0.3]))[0] == 0.3, "too few observations to say anything"
+
+
+def test_weighted_isotonic_regression_is_that_of_repeated_and_of_missing_observations() -> None:
+    draw = np.random.default_rng(1)
+    p = draw.random(400)
+    right = (draw.random(400) < p).astype(float)
+    weight = draw.integers(1, 4, 400)
+    grid = np.linspace(0, 1, 50)
+    repeated = Monotone.fit(np.repeat(p, weight), np.repeat(right, weight))
+    assert Monotone.fit(p, right, weight.astype(float))(grid) == pytest.approx(repeated(grid), abs=0.02)
+    taken = Monotone.fit(np.tile(p, 2), np.tile(right, 2), np.concatenate([2 * np.ones(400), -np.ones(400)]))
+    assert taken(grid) == pytest.approx(Monotone.fit(p, right)(grid), abs=0.02)
+    noise = np.where(draw.random(800) < 0.4, -1.0, 1.0)
+    wild = Monotone.fit(draw.random(800), draw.random(800), noise)
+    assert (np.diff(wild(grid)) >= 0).all() and wild(grid).min() >= 0 and wild(grid).max() <= 1
+
+
+@pytest.mark.parametrize("unknown", [1.0, 2.0])
+def test_answers_that_validation_does_not_know_are_made_good(unknown: float) -> None:
+    """Questions of one to three answers, each in validation or (``unknown`` times as often) in test; a test query knows
+    all others, a validation query those of validation. Without the correction probabilities are far too low."""
+    draw = np.random.default_rng(2)
+    questions, width = 6000, WIDTH
+    true = np.arange(width) < draw.integers(1, 4, questions)[:, None]
+    scores = torch.from_numpy((2.5 * true + draw.normal(size=true.shape)).astype(np.float32))
+    valid = true & (draw.random(true.shape) < 1 / (1 + unknown))
+
+    def asked(gold: np.ndarray, known: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+        """Scores with the gold one first and what is left out of them, and the question, of each gold answer."""
+        rows, columns = np.nonzero(gold)
+        left_out = torch.from_numpy(known[rows])
+        left_out[torch.arange(len(rows)), torch.from_numpy(columns)] = False
+        order = np.argsort(np.arange(width)[None] != columns[:, None], axis=1, kind="stable")
+        place = torch.from_numpy(order)
+        return scores[rows].gather(1, place), left_out.gather(1, place), rows
+
+    own, out, question = asked(valid, valid)
+    weight = torch.zeros_like(own).masked_fill(out, -torch.inf)
+    b = inverse_temperature(own.masked_fill(out, -1e4), weight)
+    later, later_out, _ = asked(true & ~valid, true)
+    errors = []
+    for told in (question, None):
+        task = fit_task(
+            *(own, weight, np.zeros(len(own), dtype=np.int64), 1),
+            alpha=0.1, group=200, inverse_temperature=b, questions=told, unknown=unknown,
+        )  # fmt: skip
+        found = Reliability()
+        gold = torch.zeros(len(later), dtype=torch.int64)
+        found.observe(
+            Calibration(0.1, {"tail": task}), "tail", later, gold, np.zeros(len(later), dtype=np.int64), later_out
+        )
+        errors.append(metrics_of({"tail": found}, "test")["test.tail.calibration.ece"])
+    assert errors[0] < 0.5 * errors[1] and errors[1] > 0.1, errors
+
+
+def test_the_other_answers_of_a_question() -> None:
+    draw = np.random.default_rng(3)
+    questions, scores = draw.integers(0, 30, 60), 9 * draw.normal(size=60)
+    rows, highest, total = _other_answers(questions, scores)
+    want = {i: [scores[j] for j in range(60) if j != i and questions[j] == questions[i]] for i in range(60)}
+    assert sorted(rows.tolist()) == [i for i in range(60) if want[i]]
+    for i, top, log_sum in zip(rows.tolist(), highest, total, strict=True):
+        assert top == max(want[i])
+        assert log_sum == pytest.approx(np.logaddexp.reduce(want[i]), abs=1e-6)
 
 
 def test_what_is_known_counts_as_if_it_were_not() -> None:
