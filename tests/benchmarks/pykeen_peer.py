@@ -86,6 +86,7 @@ class Side:
                     weight.copy_(torch.from_numpy(saved[name]).reshape(weight.shape))
         optimiser = torch.optim.Adagrad(self.model.parameters(), lr=0.1)
         self.loop = SymmetricLCWATrainingLoop(model=self.model, triples_factory=factory, optimizer=optimiser)
+        self.passes = 0
         return {}
 
     def train(self, start: int, stop: int, batch: int) -> dict[str, Any]:
@@ -93,11 +94,14 @@ class Side:
         from pykeen.triples import CoreTriplesFactory
 
         part = CoreTriplesFactory(self.triples["train"][start:stop], **self.sizes)
+        self.passes += 1  # its loop counts epochs through: the same number again would train nothing
         losses, spent = timed(
             lambda: self.loop.train(
-                part, 1, batch, continue_training=True, use_tqdm=False, drop_last=False, pin_memory=False
+                part, self.passes, batch, continue_training=True, use_tqdm=False, drop_last=False, pin_memory=False
             )
         )
+        if len(losses) != self.passes:
+            raise RuntimeError(f"PyKEEN trained {len(losses)} of {self.passes} passes")
         return {**spent, "loss": losses[-1]}
 
     def rank(self, start: int, stop: int, batch: int | None) -> dict[str, Any]:
