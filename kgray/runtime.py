@@ -44,8 +44,10 @@ _ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # else a relative path in a training worker is lost work
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the coming default; silences a warning a task
     "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",  # 32 processes to read footers is for thousands of files
-    # Ray Train's watcher asks the dashboard once a second whether training lives; without one, each time in vain.
-    "RAY_DEDUP_LOGS_SKIP_REGEX": "Failed to query Ray Train Controller actor state",
+    # Lines of Ray Train's own, between which a reader would look for kgray's: its watcher asks the dashboard once a
+    # second whether training lives, in vain without one; every report is told with all its numbers; a word on an actor.
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "Failed to query Ray Train Controller actor state|Reporting training result|"
+    "Actor with class name: 'PreemptionWatcher'",
 }
 _QUIET = {"RAY_DATA_DISABLE_PROGRESS_BARS": "1", "RAY_TQDM": "0"}
 
