@@ -7,7 +7,7 @@ paths of one edge; longer paths cannot hold it, as all their entities are differ
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,13 +17,15 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from kgray.reasoning.facts import Facts, Int64, find, spread
-from kgray.reasoning.paths import paths_between, work
+from kgray.reasoning.paths import paths_between, pieces, work
 from kgray.reasoning.rules import pack
 
 Float32 = NDArray[np.float32]
 _SAMPLED = 20_000
 """Training pairs on which kinds of paths are counted: enough for those that many pairs have."""
 _PIECE = 4096
+_STEPS = 1 << 19
+"""Steps taken together; bounds the memory of a lookup."""
 _MOST_STEPS = 1 << 17
 """Steps taken for the paths of one length of a pair; a pair of hubs that needs more has none of that length. Those of
 FB15k-237 need 50,000 at most."""
@@ -84,8 +86,10 @@ class PairIndex:
         relation = sample[:, 1]
         keys, gains = [], []
         for length in range(1, hops + 1):
-            pairs, packed = whole._packed(sample[:, 0], sample[:, 2], length, relation)
-            kinds, gain = _telling(packed, relation[pairs], relation, facts.num_relations)
+            cells = [np.zeros((3, 0), dtype=np.int64)]
+            for pairs, packed in whole._packed(sample[:, 0], sample[:, 2], length, relation):
+                cells = [_counted(np.concatenate([*cells, [packed, relation[pairs], np.ones_like(packed)]], axis=1))]
+            kinds, gain = _telling(cells[0], relation, facts.num_relations)
             keys.append(kinds)
             gains.append(gain)
         order = np.argsort(-np.concatenate([*gains, np.zeros(0)]), kind="stable")[:bodies]
@@ -125,24 +129,30 @@ class PairIndex:
     def _paths(self, heads: Int64, tails: Int64, relations: Int64 | None) -> Bag:
         pairs, items, first = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)], 0
         for length, keys in self.bodies.items():
-            pair, packed = self._packed(heads, tails, length, relations)
-            number = find(keys, packed)
-            pairs.append(pair[number >= 0])
-            items.append(number[number >= 0] + first)
+            for pair, packed in self._packed(heads, tails, length, relations):
+                number = find(keys, packed)
+                pairs.append(pair[number >= 0])
+                items.append(number[number >= 0] + first)
             first += len(keys)
         return Bag.of(np.concatenate(pairs), np.concatenate(items), len(heads))
 
-    def _packed(self, heads: Int64, tails: Int64, length: int, relations: Int64 | None) -> tuple[Int64, Int64]:
-        """(pair, packed body) of all paths of a length, each once, but for the facts left out."""
+    def _packed(
+        self, heads: Int64, tails: Int64, length: int, relations: Int64 | None
+    ) -> Iterator[tuple[Int64, Int64]]:
+        """(pair, packed body) of all paths of a length, each once, but for the facts left out; in pieces, as between
+        the pairs of a dense graph there are more than memory holds."""
         if length == 1 and self.remove == "pair":
-            return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
-        cheap = np.flatnonzero(work(self.facts, heads, tails, length) <= _MOST_STEPS)
-        pairs, body = paths_between(self.facts, heads[cheap], tails[cheap], length).bodies(self.facts)
-        pairs = cheap[pairs]
-        if length == 1 and relations is not None:
-            other = body[:, 0] != relations[pairs]
-            pairs, body = pairs[other], body[other]
-        return pairs, pack(self.facts.num_relations, body)
+            return
+        cost = work(self.facts, heads, tails, length)
+        cheap = np.flatnonzero(cost <= _MOST_STEPS)
+        for start, stop in pieces(cost[cheap], most=_STEPS, limit=_PIECE):
+            some = cheap[start:stop]
+            pairs, body = paths_between(self.facts, heads[some], tails[some], length).bodies(self.facts)
+            pairs = some[pairs]
+            if length == 1 and relations is not None:
+                other = body[:, 0] != relations[pairs]
+                pairs, body = pairs[other], body[other]
+            yield pairs, pack(self.facts.num_relations, body)
 
     def _between(self, heads: Int64, tails: Int64) -> tuple[Int64, Int64]:
         """(pair, position) of all facts from each head to its tail."""
@@ -172,13 +182,22 @@ class PairIndex:
         return cls(facts, {length: arrays[f"bodies.{length}"] for length in lengths}, remove)
 
 
-def _telling(packed: Int64, of: Int64, relations: Int64, num_relations: int) -> tuple[Int64, NDArray[np.float64]]:
+def _counted(cells: Int64) -> Int64:
+    """(3, m) bodies, relations and how often they met, each two once."""
+    order = np.lexsort(cells[1::-1])
+    cells = cells[:, order]
+    new = np.ones(cells.shape[1], dtype=bool)
+    new[1:] = (cells[:2, 1:] != cells[:2, :-1]).any(axis=0)
+    first = np.flatnonzero(new)
+    return np.stack([*cells[:2, first], np.add.reduceat(cells[2], first)]) if len(first) else cells
+
+
+def _telling(cells: Int64, relations: Int64, num_relations: int) -> tuple[Int64, NDArray[np.float64]]:
     """Distinct bodies, and how much each tells of the relation: the G statistic of its pairs' relations against those
-    of all pairs. packed, of: (m,) bodies and the relation of their pair; relations: (n,) of all pairs."""
+    of all pairs. cells: (3, m) bodies, a relation, and how many pairs have both; relations: (n,) of all pairs."""
     prior = np.bincount(relations, minlength=num_relations) / max(len(relations), 1)
-    kinds, kind = np.unique(packed, return_inverse=True)
-    cells, counts = np.unique(kind * num_relations + of, return_counts=True)
-    rows, columns = np.divmod(cells, max(num_relations, 1))
+    packed, columns, counts = cells
+    kinds, rows = np.unique(packed, return_inverse=True)
     total = np.bincount(rows, weights=counts, minlength=len(kinds))
     share = counts / total[rows]
     gain = np.bincount(rows, weights=counts * np.log(share / prior[columns]), minlength=len(kinds))

@@ -56,22 +56,26 @@ def paths_between(facts: Facts, heads: Int64, tails: Int64, length: int) -> Path
     limit = max(1, 8 * _STEPS // max(facts.num_entities, 1))
     finder = (_one, _two, _three)[length - 1]
     found = [Paths(np.zeros(0, dtype=np.int64), np.zeros((0, length), dtype=np.int64))]
-    for start, stop in _pieces(work(facts, heads, tails, length), limit):
+    for start, stop in pieces(work(facts, heads, tails, length), most=_STEPS, limit=limit):
         paths = finder(facts, heads[start:stop], tails[start:stop])
         found.append(Paths(paths.query + start, paths.pairs))
     return Paths(np.concatenate([p.query for p in found]), np.concatenate([p.pairs for p in found]))
 
 
-def _pieces(cost: Int64, limit: int) -> list[tuple[int, int]]:
+def pieces(cost: Int64, *, most: int, limit: int) -> list[tuple[int, int]]:
+    """Stretches (start, stop) of at most ``limit`` pairs and of ``most`` steps, or of one pair that costs more.
+
+    cost: (B,) int64, see :func:`work`.
+    """
     total = np.cumsum(cost)
-    pieces, start = [], 0
+    found, start = [], 0
     while start < len(cost):
         before = int(total[start - 1]) if start else 0
-        stop = int(np.searchsorted(total, before + _STEPS, side="right"))
+        stop = int(np.searchsorted(total, before + most, side="right"))
         stop = min(max(stop, start + 1), start + limit)
-        pieces.append((start, stop))
+        found.append((start, stop))
         start = stop
-    return pieces
+    return found
 
 
 def _one_each(facts: Facts, entities: Int64) -> Int64:

@@ -133,6 +133,20 @@ def write(draft: Draft, done: Fit, graph: Graph, facts: np.ndarray | None = None
     return {}
 
 
+@pytest.mark.parametrize("remove", ["edge", "pair"])
+def test_paths_looked_up_in_pieces_are_those_looked_up_at_once(remove: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dense graph has more paths between its pairs than memory holds."""
+    triples = random_triples(5, 60)
+    whole = index_of(triples, remove)
+    at_once = whole.paths(*triples[:, [0, 2, 1]].T)
+    monkeypatch.setattr(pair_features, "_STEPS", 7)
+    pieces = index_of(triples, remove)
+    assert sum(1 for _ in pieces._packed(*triples[:, [0, 2]].T, 3, None)) > 10
+    assert all(np.array_equal(pieces.bodies[length], whole.bodies[length]) for length in whole.bodies)
+    in_pieces = pieces.paths(*triples[:, [0, 2, 1]].T)
+    assert np.array_equal(in_pieces.items, at_once.items) and np.array_equal(in_pieces.offsets, at_once.offsets)
+
+
 def test_it_learns_what_paths_say_is_written_and_read_back(tmp_path: Path) -> None:
     graph = data()
     done = fit(graph, None, SMALL, TRAIN)
