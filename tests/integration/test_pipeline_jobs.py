@@ -134,7 +134,7 @@ def test_the_pipeline_with_ablations_deploys_and_shows_its_answers_again(run, tm
     # A member of every family: a variant, which is an ablation too, another seed, paths and rules.
     options += ["members.variants=[text_only]", "members.seeds=[1]", "train.epochs=2", "members.snapshots=1"]
     options += ["members.paths.model={layers: 2, dim: 8, keep: 20}", "members.paths.train.epochs=1"]
-    options += ["members.relations={}", "members.relations.train.epochs=1"]
+    options += ["members.relations.model.hops=2", "members.relations.train.epochs=1"]
     try:
         status, result, out, err = run("pipeline", *options)
     finally:
