@@ -99,7 +99,9 @@ def load_config(cls: type[T], path: str, overrides: Sequence[str] = ()) -> T:
         try:
             found.append(typing.cast(T, _value(cls, raw, "", origin.place)))
         except ConfigError as error:
-            raise _elsewhere(cls, error).at(origin.where(error.key)) from None
+            # Of a recipe that is not taken only what stands in it counts: the command line may fit the other alone.
+            if not found or error.key in origin.recipe - origin.overridden:
+                raise _elsewhere(cls, error).at(origin.where(error.key)) from None
     return found[0]
 
 

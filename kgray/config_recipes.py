@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from kgray.errors import ConfigError
@@ -30,68 +30,71 @@ Plain = Callable[[Any, str], Any]
 @dataclass
 class Layer:
     """What one file says. lines: of each dotted key, the file and its line there. recipes: by name what they change and
-    need, None where an earlier file's is done away with. alone: whether it does away with all of them."""
+    need. asked: its ``recipe``, empty where it says none."""
 
     said: dict[str, Any]
     lines: dict[str, tuple[str, int]]
-    recipes: dict[str, Any] = field(default_factory=dict)
-    asked: Any = AUTO
-    alone: bool = False
-
-    @classmethod
-    def of(cls, said: Mapping[str, Any], lines: dict[str, tuple[str, int]], where: Where) -> Layer:
-        """A file's mapping taken apart. Raises ConfigError for ``recipes`` that are not names and mappings."""
-        rest = dict(said)
-        recipes, asked = rest.pop(RECIPES, {}), rest.pop(RECIPE, AUTO)
-        if not isinstance(recipes, dict | None):
-            raise ConfigError(RECIPES, recipes, "names, and for each the sections it changes").at(where(RECIPES))
-        for name, one in (recipes or {}).items():
-            key = f"{RECIPES}.{name}"
-            if name in (AUTO, NONE):
-                raise ConfigError(key, problem="has a name that is taken", expected="another one").at(where(key))
-            if not isinstance(one, dict | None):
-                raise ConfigError(key, one, "the sections it changes, and what it needs").at(where(key))
-        return cls(rest, lines, recipes or {}, asked, alone=recipes is None)
+    recipes: dict[str, dict[str, Any]]
+    asked: dict[str, Any]
 
     def changes(self, name: str) -> tuple[dict[str, Any], dict[str, tuple[str, int]]] | None:
         """What a recipe of that name changes, and the lines of it; None where this file does not know it."""
-        one = self.recipes.get(name)
-        if one is None:
+        if name not in self.recipes:
             return None
         above = f"{RECIPES}.{name}."
         lines = {key.removeprefix(above): at for key, at in self.lines.items() if key.startswith(above)}
-        return {key: value for key, value in one.items() if key != NEEDS}, lines
+        return {key: value for key, value in self.recipes[name].items() if key != NEEDS}, lines
+
+
+def layered(
+    below: Sequence[Layer], raw: Mapping[str, Any], lines: dict[str, tuple[str, int]], where: Where
+) -> list[Layer]:
+    """The layers of a file's bases and its own. A recipe that the file says is null is taken from those below.
+
+    Raises ConfigError for ``recipes`` that are not names and mappings.
+    """
+    said = dict(raw)
+    recipes = said.pop(RECIPES, {})
+    if not isinstance(recipes, dict | None):
+        raise ConfigError(RECIPES, recipes, "names, and for each the sections it changes").at(where(RECIPES))
+    gone = names(below) if recipes is None else [name for name, one in recipes.items() if one is None]
+    for layer in below:
+        layer.recipes = {name: one for name, one in layer.recipes.items() if name not in gone}
+    own = {name: one for name, one in (recipes or {}).items() if one is not None}
+    for name, one in own.items():
+        key = f"{RECIPES}.{name}"
+        if name in (AUTO, NONE):
+            raise ConfigError(key, problem="has a name that is taken", expected="another one").at(where(key))
+        if not isinstance(one, dict):
+            raise ConfigError(key, one, "the sections it changes, and what it needs").at(where(key))
+    asked = {RECIPE: said.pop(RECIPE)} if RECIPE in said else {}
+    return [*below, Layer(said, lines, own, asked)]
 
 
 def names(layers: Sequence[Layer]) -> list[str]:
     """Recipes that the files have, bases first."""
-    found: dict[str, bool] = {}
-    for layer in layers:
-        found = {} if layer.alone else found
-        found |= {name: one is not None for name, one in layer.recipes.items()}
-    return [name for name, there in found.items() if there]
+    return list(dict.fromkeys(name for layer in layers for name in layer.recipes))
 
 
-def choose(layers: Sequence[Layer], asked: Any, path: str, plain: Plain, where: Where) -> str:
+def choose(layers: Sequence[Layer], asked: Mapping[str, Any], path: str, plain: Plain, where: Where) -> str:
     """The recipe to take, NONE for none; which and why is logged, if there are any.
 
-    asked: what the command line says, None for nothing. plain: expands variables in the value of a key. Raises
-    ConfigError for a recipe that is not there, and for needs that are none.
+    asked: what the command line says of ``recipe``, if anything. plain: expands variables in the value of a key.
+    Raises ConfigError for a recipe that is not there, and for needs that are none.
     """
     known = names(layers)
-    if asked is None:
-        asked = next((layer.asked for layer in reversed(layers) if layer.asked != AUTO), AUTO)
-    asked = plain(asked, RECIPE)
-    if asked not in (AUTO, NONE, *known):
+    last = next((one for one in (asked, *(layer.asked for layer in reversed(layers))) if one), {RECIPE: AUTO})
+    wanted = plain(last[RECIPE], RECIPE)
+    if wanted not in (AUTO, NONE, *known):
         expected = f"{AUTO}, {', '.join(known)} or {NONE}" if known else f"{NONE}: this file has no recipes"
-        raise ConfigError(RECIPE, asked, expected).at(where(RECIPE))
+        raise ConfigError(RECIPE, wanted, expected).at(where(RECIPE))
     if not known:
         return NONE
     machine = this_machine()
     needs = {name: _needs(name, layers, plain, where) for name in known}
     fits = [name for name in known if all(getattr(machine, key) >= least for key, least in needs[name].items())]
-    chosen: str = (fits[0] if fits else NONE) if asked == AUTO else asked
-    why = "as asked" if asked != AUTO else f"this machine has {machine}"
+    chosen: str = (fits[0] if fits else NONE) if wanted == AUTO else wanted
+    why = "as asked" if wanted != AUTO else f"this machine has {machine}"
     if chosen == NONE:
         others = "; ".join(f"{RECIPE}={name} needs {_told(need)}" for name, need in needs.items())
         log.info("recipe: %s as it stands, %s (%s)", path, why, others)
@@ -102,7 +105,7 @@ def choose(layers: Sequence[Layer], asked: Any, path: str, plain: Plain, where: 
 
 def _needs(name: str, layers: Sequence[Layer], plain: Plain, where: Where) -> dict[str, float]:
     key = f"{RECIPES}.{name}.{NEEDS}"
-    given = next((one[NEEDS] for layer in reversed(layers) if NEEDS in (one := layer.recipes.get(name) or {})), None)
+    given = next((one[NEEDS] for layer in reversed(layers) if NEEDS in (one := layer.recipes.get(name, {}))), None)
     known = [f.name for f in fields(Machine)]
     if not isinstance(given, dict) or not given:
         raise ConfigError(key, given, f"the least it takes, of {', '.join(known)}: {{gpus: 1}}").at(where(key))

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from kgray.config import EnvText, PathMark, description
-from kgray.config_recipes import NONE, RECIPE, RECIPES, Layer, choose, names
+from kgray.config_recipes import NONE, RECIPE, RECIPES, Layer, choose, layered, names
 from kgray.errors import ConfigError, ConfigFileError
 
 _INT = re.compile(r"[-+]?(0|[1-9][0-9]*(_[0-9]+)*)$")
@@ -40,11 +40,13 @@ class UnsetVariableError(ConfigError):
 
 @dataclass
 class Origin:
-    """Where the settings came from: the file, and for each dotted key the file it stands in and its line there."""
+    """Where the settings came from: the file, and for each dotted key the file it stands in and its line there. recipe:
+    the keys that a recipe changes."""
 
     path: str
     lines: dict[str, tuple[str, int]] = field(default_factory=dict)
     overridden: set[str] = field(default_factory=set)
+    recipe: set[str] = field(default_factory=set)
 
     def find(self, key: str) -> tuple[str, int | None]:
         """File and line of the key, or of the nearest section around it that a file has; no file: the command line."""
@@ -85,7 +87,7 @@ class Origin:
 def read_settings(path: str, overrides: Sequence[str]) -> list[tuple[dict[str, Any], Origin]]:
     """What the file says over its ``base``, where it names one, with the recipe for this machine, overrides laid over
     all of it and variables expanded; and where each key stands. After it the same with each other recipe instead, as
-    far as the variables they name are set: what is wrong with one should not wait for the machine that takes it.
+    far as the variables they name are set: what is wrong in one should not wait for the machine that takes it.
 
     A recipe changes the file it stands in, and what is built on that file has the last word.
 
@@ -103,15 +105,15 @@ def read_settings(path: str, overrides: Sequence[str]) -> list[tuple[dict[str, A
 
     chosen = choose(layers, asked, path, plain, origin.where)
     found = [_read(path, layers, chosen, rest)]
-    for name in (NONE, *names(layers)):
+    for name in names(layers):
         if name != chosen:
             with contextlib.suppress(UnsetVariableError):
                 found.append(_read(path, layers, name, rest))
     return found
 
 
-def _asked(overrides: Sequence[str], origin: Origin) -> tuple[Any, list[str]]:
-    """The recipe that overrides ask for, None for none, and the other overrides."""
+def _asked(overrides: Sequence[str], origin: Origin) -> tuple[dict[str, Any], list[str]]:
+    """What overrides say of ``recipe``, and the other overrides."""
     asked: dict[str, Any] = {}
     rest = []
     for override in overrides:
@@ -123,7 +125,7 @@ def _asked(overrides: Sequence[str], origin: Origin) -> tuple[Any, list[str]]:
             raise ConfigError(key, problem="is no override", expected=expected).at("command line")
         else:
             rest.append(override)
-    return asked.get(RECIPE), rest
+    return asked, rest
 
 
 def _read(path: str, layers: Sequence[Layer], recipe: str, overrides: Sequence[str]) -> tuple[dict[str, Any], Origin]:
@@ -131,9 +133,11 @@ def _read(path: str, layers: Sequence[Layer], recipe: str, overrides: Sequence[s
     origin = Origin(path)
     raw: dict[str, Any] = {}
     for layer in layers:
-        for said, lines in filter(None, ((layer.said, layer.lines), layer.changes(recipe))):
+        changes = layer.changes(recipe)
+        for said, lines in ((layer.said, layer.lines), *([changes] if changes else [])):
             raw = _lay_over(raw, said, "", origin)
             origin.lines |= lines
+        origin.recipe |= changes[1].keys() if changes else set()
     for override in overrides:
         _override(raw, override, origin)
     return {key: _expand(value, key, origin) for key, value in raw.items()}, origin
@@ -154,7 +158,7 @@ def _read_layers(path: str, below: tuple[Path, ...]) -> list[Layer]:
     if said is not None and not isinstance(said, dict):
         raise ConfigFileError(path, "must hold keys and values (section: ...) at the top level")
     raw: dict[str, Any] = said or {}
-    layers = []
+    layers: list[Layer] = []
     if BASE in raw:
         base, at = raw.pop(BASE), f"{path}:{lines.pop(BASE)}"
         if not isinstance(base, str):
@@ -167,7 +171,7 @@ def _read_layers(path: str, below: tuple[Path, ...]) -> list[Layer]:
             raise ConfigFileError(at, f"base: {base} is built on this very file")
         layers = _read_layers(os.path.normpath(found), here)
     places = {key: (path, line) for key, line in lines.items()}
-    return [*layers, Layer.of(raw, places, Origin(path, places).where)]
+    return layered(layers, raw, places, Origin(path, places).where)
 
 
 def _lay_over(base: dict[str, Any], raw: dict[str, Any], prefix: str, origin: Origin) -> dict[str, Any]:

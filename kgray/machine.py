@@ -33,16 +33,17 @@ def local_gpus() -> int:
 
     Neither torch nor CUDA is loaded. 0 where there is no driver.
     """
+    found = _driver_gpus()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
-        return _driver_gpus()
+        return found
     seen = set()
     for name in (part.strip() for part in visible.split(",")):
-        number = name.isdecimal() and int(name) < _driver_gpus()
-        if not (number or name.startswith(("GPU-", "MIG-"))) or name in seen:
+        there = int(name) < found if name.isdecimal() else name.startswith(("GPU-", "MIG-"))
+        if not there or name in seen:
             break  # CUDA itself stops at the first it does not know
         seen.add(name)
-    return min(len(seen), _driver_gpus())
+    return min(len(seen), found)
 
 
 def _driver_gpus() -> int:

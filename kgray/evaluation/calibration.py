@@ -228,21 +228,29 @@ def fit_task(
     log_p = scores.double() * inverse_temperature
     total = torch.logsumexp(log_p + log_weight, dim=1, keepdim=True)
     log_p = (log_p - total).masked_fill(log_weight != 0, -torch.inf)
-    (best, right), others = _pairs(log_p)
-    weight = np.ones(len(best))
+    first, others = _pairs(log_p)
+    weight = np.ones(len(scores))
     if questions is not None:
-        raw = (scores[:, 0].double() * inverse_temperature).numpy()
-        rows, rival, rivals = _other_answers(questions, raw)
-        own = total[rows, 0].numpy()
-        with np.errstate(divide="ignore"):
-            leading = np.log(best[rows])
-        # The same queries with the other answers of validation unknown: their rank is worse, their sum larger.
-        unaware = np.exp(np.maximum(leading, rival - own) - np.logaddexp(0.0, rivals - own))
-        still = np.where(rival - own < leading, right[rows], np.where(rival - own > leading, 0.0, right[rows] / 2))
-        best, right = np.concatenate([best, best[rows], unaware]), np.concatenate([right, right[rows], still])
+        gold = (scores[:, 0].double() * inverse_temperature).numpy()
+        rows, rival, rivals = _other_answers(questions, gold)
+        own = total[:, 0].numpy()[rows]
+        aware = first[0][rows], first[1][rows]
+        # These count once more as they are, and once less as they would be with the others' answers unknown.
+        parts = (first, aware, _unaware(*aware, rival - own, rivals - own))
+        first = np.concatenate([p for p, _ in parts]), np.concatenate([right for _, right in parts])
         weight = np.concatenate([weight, np.full(len(rows), unknown), np.full(len(rows), -unknown)])
     thresholds = conformal_thresholds(log_p[:, 0].numpy(), relations, num_relations, alpha=alpha, group=group)
-    return TaskCalibration(inverse_temperature, Monotone.fit(best, right, weight), Monotone.fit(*others), thresholds)
+    return TaskCalibration(inverse_temperature, Monotone.fit(*first, weight), Monotone.fit(*others), thresholds)
+
+
+def _unaware(best: Floats, right: Floats, rival: Floats, rivals: Floats) -> tuple[Floats, Floats]:
+    """(probability, share of being right) of the first-placed candidates of A queries that (best, right) are those of,
+    with further candidates: rival, rivals: the highest of these and their sum, as logarithms of shares of the old
+    sum."""
+    with np.errstate(divide="ignore"):
+        leading = np.log(best)
+    still = np.where(rival < leading, right, np.where(rival > leading, 0.0, right / 2))
+    return np.exp(np.maximum(leading, rival) - np.logaddexp(0.0, rivals)), still
 
 
 def _other_answers(questions: Ints, scores: Floats) -> tuple[Ints, Floats, Floats]:

@@ -33,7 +33,8 @@ class Vocabulary:
         return _label(self.entity_ids[number], self.entity_names[number])
 
     def relation(self, number: int) -> str:
-        return _label(self.relation_ids[number], self.relation_names[number])
+        """The same of a relation, its id as :attr:`between` has it."""
+        return _label(self.relation_ids[number], self.relation_names[number], self.between[number])
 
     @cached_property
     def between(self) -> Sequence[str]:
@@ -201,10 +202,11 @@ def to_json(one: Explanation, words: Vocabulary) -> dict[str, Any]:
     }
 
 
-def _label(external: str, name: str) -> str:
+def _label(external: str, name: str, shown: str | None = None) -> str:
     # An id that is only another spelling of the name says enough.
     same = name.casefold().translate(_SPACES) == external.casefold().translate(_SPACES)
-    return _short(external) if same else f"{_short(name)} ({_short(external)})"
+    shown = _short(external) if shown is None else shown
+    return shown if same else f"{_short(name)} ({shown})"
 
 
 def _short(text: str, longest: int = _LONGEST) -> str:

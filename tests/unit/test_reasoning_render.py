@@ -58,6 +58,12 @@ def test_what_is_shown_of_a_long_relation(name: str, shown: str) -> None:
     assert Vocabulary(IDS, ENTITIES, [name], [name]).between == [shown]
 
 
+def test_a_relation_that_answers_shows_its_end_too() -> None:
+    named = Vocabulary(IDS, ENTITIES, [REGION], ["release region"])
+    assert words().relation(2) == ".../film_release_region"
+    assert named.relation(0) == "release region (.../film_release_region)"
+
+
 @pytest.mark.parametrize("longest", [10, 39, 40])
 def test_a_short_relation_is_left_alone(longest: int) -> None:
     name = "/" + "x" * (longest - 1)
