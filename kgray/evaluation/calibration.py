@@ -7,9 +7,9 @@ temperature fitted by likelihood (Guo et al. 2017); then a monotone map of it to
 known fact has the probability it would have if it were not known yet.
 
 Validation queries know the other answers of their own split, but not those of later ones: a first-placed candidate
-counts as wrong there that is right and left out as known in a later test. How much that costs is seen by asking once
-more with the other answers of validation unknown; as much is made good, as if as many facts were unknown as validation
-holds. That is a first-order correction: where most answers of a question are unknown, probabilities stay too low.
+counts as wrong there that is right and left out as known in a later test. Probabilities are therefore fitted to worlds
+in which such hidden answers are known (:mod:`kgray.evaluation.hidden`); answer sets are not, so that their promise
+rests on what was seen alone.
 
 Answer set: all candidates whose softmax probability reaches a threshold, which is the quantile of the true answers'
 own probabilities over validation queries (split conformal prediction; the smallest sets on average, Sadinle et al.
@@ -20,7 +20,7 @@ together. It holds for queries like those of validation. A set may be empty: no 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from kgray.errors import ArtifactError
+from kgray.evaluation.hidden import WORLDS, chances, worlds
 
 FORMAT = 1
 Floats = npt.NDArray[np.float64]
@@ -51,22 +52,19 @@ class Monotone:
         return np.interp(values, self.x, self.y) if len(self.x) else values
 
     @classmethod
-    def fit(cls, predicted: Floats, right: Floats, weight: Floats | None = None) -> Monotone:
+    def fit(cls, predicted: Floats, right: Floats, weight: float = 1.0) -> Monotone:
         """Isotonic regression of ``right`` (n,) in [0, 1] on ``predicted`` (n,) by pool adjacent violators.
 
-        weight (n,): of the observations, one each unless given; that of some may be negative, their sum is not.
-
-        Each block counts one more observation that says what was predicted: a hundred right answers in a row do not
-        make the next one certain. The identity where there is less than LEAST_QUERIES.
+        weight: what an observation counts. Each block counts one more, whole, that says what was predicted: a hundred
+        right answers in a row do not make the next one certain. The identity where there is less than LEAST_QUERIES.
         """
-        if len(predicted) < LEAST_QUERIES:
+        if weight * len(predicted) < LEAST_QUERIES:
             return cls(np.zeros(0), np.zeros(0))
-        weight = np.ones(len(predicted)) if weight is None else weight
         order = np.argsort(predicted, kind="stable")
         blocks: list[list[float]] = []  # sum right, sum predicted, weight
-        for p, r, w in zip(predicted[order].tolist(), right[order].tolist(), weight[order].tolist(), strict=True):
-            blocks.append([w * r, w * p, w])
-            while len(blocks) > 1 and _violates(*blocks[-2:]):
+        for p, r in zip(predicted[order].tolist(), right[order].tolist(), strict=True):
+            blocks.append([weight * r, weight * p, weight])
+            while len(blocks) > 1 and blocks[-2][0] * blocks[-1][2] >= blocks[-1][0] * blocks[-2][2]:
                 last = blocks.pop()
                 blocks[-1] = [a + b for a, b in zip(blocks[-1], last, strict=True)]
         sums = np.array(blocks)
@@ -76,11 +74,6 @@ class Monotone:
         x, y = x[order], np.maximum.accumulate(y[order])
         x, first = np.unique(x, return_index=True)
         return cls(x, y[first])
-
-
-def _violates(before: Sequence[float], after: Sequence[float]) -> bool:
-    """Whether two neighbouring blocks must be one: the means do not rise, or one of them has no weight of its own."""
-    return min(before[2], after[2]) <= 0 or before[0] * after[2] >= after[0] * before[2]
 
 
 @dataclass(frozen=True)
@@ -223,54 +216,20 @@ def fit_task(
     scores, log_weight (Q, C): candidates, the gold one first, as :class:`kgray.model.candidates.Candidates` has them;
     the scores must come from weights that never saw the query. relations (Q,), all 0 of relation queries. group:
     least number of queries for a threshold of its own. questions (Q,): queries that ask the same and differ in the gold
-    answer share a number; None where none do. unknown: facts unknown to validation, as a multiple of these queries.
+    answer share a number; None where none do. unknown: answers that only a later split knows, as a multiple of these
+    queries.
     """
     log_p = scores.double() * inverse_temperature
     total = torch.logsumexp(log_p + log_weight, dim=1, keepdim=True)
     log_p = (log_p - total).masked_fill(log_weight != 0, -torch.inf)
-    first, others = _pairs(log_p)
-    weight = np.ones(len(scores))
-    if questions is not None:
-        gold = (scores[:, 0].double() * inverse_temperature).numpy()
-        rows, rival, rivals = _other_answers(questions, gold)
-        own = total[:, 0].numpy()[rows]
-        aware = first[0][rows], first[1][rows]
-        # These count once more as they are, and once less as they would be with the others' answers unknown.
-        parts = (first, aware, _unaware(*aware, rival - own, rivals - own))
-        first = np.concatenate([p for p, _ in parts]), np.concatenate([right for _, right in parts])
-        weight = np.concatenate([weight, np.full(len(rows), unknown), np.full(len(rows), -unknown)])
     thresholds = conformal_thresholds(log_p[:, 0].numpy(), relations, num_relations, alpha=alpha, group=group)
-    return TaskCalibration(inverse_temperature, Monotone.fit(*first, weight), Monotone.fit(*others), thresholds)
-
-
-def _unaware(best: Floats, right: Floats, rival: Floats, rivals: Floats) -> tuple[Floats, Floats]:
-    """(probability, share of being right) of the first-placed candidates of A queries that (best, right) are those of,
-    with further candidates: rival, rivals: the highest of these and their sum, as logarithms of shares of the old
-    sum."""
-    with np.errstate(divide="ignore"):
-        leading = np.log(best)
-    still = np.where(rival < leading, right, np.where(rival > leading, 0.0, right / 2))
-    return np.exp(np.maximum(leading, rival) - np.logaddexp(0.0, rivals)), still
-
-
-def _other_answers(questions: Ints, scores: Floats) -> tuple[Ints, Floats, Floats]:
-    """Of the queries whose question has other gold answers: their places (A,), and of those others' scores the highest
-    and the logarithm of the sum of exponentials, (A,) each. questions, scores of the gold answers: (Q,)."""
-    order = np.lexsort((-scores, questions))
-    _, start, count = np.unique(questions[order], return_index=True, return_counts=True)
-    group = np.repeat(np.arange(len(count)), count)
-    ranked = scores[order]
-    highest = ranked[start]
-    second = np.full(len(count), -np.inf)
-    several = count > 1
-    second[several] = ranked[start[several] + 1]
-    place = np.arange(len(order)) - start[group]
-    rival = np.where(place == 0, second[group], highest[group])
-    share = np.exp(ranked - highest[group])
-    # A difference of sums, in which others far below the own answer would vanish, is no less than the highest of them.
-    rest = np.maximum(np.bincount(group, share)[group] - share, np.exp(rival - highest[group]))
-    kept = several[group]
-    return order[kept], rival[kept], np.log(rest[kept]) + highest[group][kept]
+    if questions is not None:
+        chance = chances(scores * inverse_temperature, log_weight, questions, unknown)
+        if chance.any():
+            log_p = worlds(log_p, chance, WORLDS, seed=0)
+    weight = len(scores) / len(log_p)
+    first, others = _pairs(log_p)
+    return TaskCalibration(inverse_temperature, Monotone.fit(*first, weight), Monotone.fit(*others, weight), thresholds)
 
 
 _BEHIND = 9

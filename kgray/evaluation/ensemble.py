@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FORMAT = 4  # 4: probabilities make good for answers that validation does not know
+FORMAT = 5  # 5: probabilities are fitted to worlds that know the answers which validation does not
 _SHARDS_A_WORKER = 2
 _NOT_IDENTITY = ("score_memory_mb",)
 

@@ -16,7 +16,6 @@ from kgray.evaluation.calibration import (
     Calibration,
     Monotone,
     TaskCalibration,
-    _other_answers,
     conformal_quantile,
     conformal_thresholds,
     fit_task,
@@ -112,19 +111,14 @@ def test_isotonic_regression_against_the_obvious_one() -> None:
     assert Monotone.fit(p[:20], right[:20])(np.array([0.3]))[0] == 0.3, "too few observations to say anything"
 
 
-def test_weighted_isotonic_regression_is_that_of_repeated_and_of_missing_observations() -> None:
+def test_an_observation_told_several_times_counts_once() -> None:
     draw = np.random.default_rng(1)
     p = draw.random(400)
     right = (draw.random(400) < p).astype(float)
-    weight = draw.integers(1, 4, 400)
     grid = np.linspace(0, 1, 50)
-    repeated = Monotone.fit(np.repeat(p, weight), np.repeat(right, weight))
-    assert Monotone.fit(p, right, weight.astype(float))(grid) == pytest.approx(repeated(grid), abs=0.02)
-    taken = Monotone.fit(np.tile(p, 2), np.tile(right, 2), np.concatenate([2 * np.ones(400), -np.ones(400)]))
-    assert taken(grid) == pytest.approx(Monotone.fit(p, right)(grid), abs=0.02)
-    noise = np.where(draw.random(800) < 0.4, -1.0, 1.0)
-    wild = Monotone.fit(draw.random(800), draw.random(800), noise)
-    assert (np.diff(wild(grid)) >= 0).all() and wild(grid).min() >= 0 and wild(grid).max() <= 1
+    told = Monotone.fit(np.tile(p, 3), np.tile(right, 3), 1 / 3)
+    assert told(grid) == pytest.approx(Monotone.fit(p, right)(grid), abs=1e-9)
+    assert not len(Monotone.fit(np.tile(p[:50], 3), np.tile(right[:50], 3), 1 / 3).x), "50 are too few, told thrice too"
 
 
 @pytest.mark.parametrize("unknown", [1.0, 2.0])
@@ -162,18 +156,7 @@ def test_answers_that_validation_does_not_know_are_made_good(unknown: float) -> 
             Calibration(0.1, {"tail": task}), "tail", later, gold, np.zeros(len(later), dtype=np.int64), later_out
         )
         errors.append(metrics_of({"tail": found}, "test")["test.tail.calibration.ece"])
-    assert errors[0] < 0.5 * errors[1] and errors[1] > 0.1, errors
-
-
-def test_the_other_answers_of_a_question() -> None:
-    draw = np.random.default_rng(3)
-    questions, scores = draw.integers(0, 30, 60), 9 * draw.normal(size=60)
-    rows, highest, total = _other_answers(questions, scores)
-    want = {i: [scores[j] for j in range(60) if j != i and questions[j] == questions[i]] for i in range(60)}
-    assert sorted(rows.tolist()) == [i for i in range(60) if want[i]]
-    for i, top, log_sum in zip(rows.tolist(), highest, total, strict=True):
-        assert top == max(want[i])
-        assert log_sum == pytest.approx(np.logaddexp.reduce(want[i]), abs=1e-6)
+    assert errors[0] < 0.03 and errors[1] > 0.1, errors
 
 
 def test_what_is_known_counts_as_if_it_were_not() -> None:
