@@ -13,6 +13,7 @@ from kgray.evaluation.counts import KINDS
 from kgray.evaluation.ranking import filter_splits
 from kgray.evaluation.reliability import metrics_of
 from kgray.evaluation.shards import RANK_EDGES, Measured
+from kgray.graph.graph import SUPPORT
 
 METRICS = ("mrr", "hits@1", "hits@3", "hits@10", "mr", "amri", "ties", "count")
 CALIBRATED = ("ece", "brier", "coverage", "set_size_mean", "set_size_median", "set_empty")
@@ -43,7 +44,7 @@ def report_of(
         "format": 2,
         "split": config.split,
         "keys": {side: counts.key(side) for side in counts.sides()},
-        "filtered_by": list(filter_splits(config.split)),
+        "filtered_by": [s for s in filter_splits(config.split) if s != SUPPORT or f"triples_{s}" in graph.counts],
         "model": model.source.to_dict(),
         "graph": graph.source.to_dict(),
         "dataset": graph.counts,

@@ -67,6 +67,7 @@ def test_the_report_is_written_by_shards_and_equals_the_evaluator(
     assert "baseline.marginals.test.relation.realistic.filtered.full.mrr" in report.counts
     page = report.read_bytes("report.html").decode()
     assert model.version in page
+    assert metrics["filtered_by"] == ["train", "valid", "test"], "nothing was held out, there is no support"
     assert {f"plots/{n}.svg" for n in ("comparison", "ranks", "relations", "training")} <= set(report.files())
     assert report.read_table("ranks.parquet").num_rows == 3 * 1200
     # Neither workers nor batch size are part of what is measured.
