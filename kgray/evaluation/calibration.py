@@ -7,14 +7,15 @@ temperature fitted by likelihood (Guo et al. 2017); then a monotone map of it to
 known fact has the probability it would have if it were not known yet.
 
 Validation queries know the other answers of their own split, but not those of later ones: a first-placed candidate
-counts as wrong there that is right and left out as known in a later test. Probabilities are therefore fitted to worlds
-in which such hidden answers are known (:mod:`kgray.evaluation.hidden`); answer sets are not, so that their promise
-rests on what was seen alone.
+counts as wrong there that is right and left out as known in a later test. Probabilities and answer sets are therefore
+fitted to worlds in which such hidden answers are known (:mod:`kgray.evaluation.hidden`); without them probabilities
+would be too low, and sets larger than they need be.
 
 Answer set: all candidates whose softmax probability reaches a threshold, which is the quantile of the true answers'
 own probabilities over validation queries (split conformal prediction; the smallest sets on average, Sadinle et al.
 2019), a threshold a relation and direction where it has queries enough, else one for all the others of that task
-together. It holds for queries like those of validation. A set may be empty: no candidate is likely enough.
+together. It holds for queries like those of validation, as far as what is known of hidden answers does. A set may be
+empty: no candidate is likely enough.
 """
 
 from __future__ import annotations
@@ -222,13 +223,16 @@ def fit_task(
     log_p = scores.double() * inverse_temperature
     total = torch.logsumexp(log_p + log_weight, dim=1, keepdim=True)
     log_p = (log_p - total).masked_fill(log_weight != 0, -torch.inf)
-    thresholds = conformal_thresholds(log_p[:, 0].numpy(), relations, num_relations, alpha=alpha, group=group)
     if questions is not None:
         chance = chances(scores * inverse_temperature, log_weight, questions, unknown)
         if chance.any():
             log_p = worlds(log_p, chance, WORLDS, seed=0)
     weight = len(scores) / len(log_p)
     first, others = _pairs(log_p)
+    gold = log_p[:, 0].view(-1, len(scores)).numpy()  # a row a world
+    # Each world promises the coverage, and needs as many queries for it as there are: worlds are no further evidence.
+    each = [conformal_thresholds(one, relations, num_relations, alpha=alpha, group=group) for one in gold]
+    thresholds = np.mean(each, axis=0)
     return TaskCalibration(inverse_temperature, Monotone.fit(*first, weight), Monotone.fit(*others, weight), thresholds)
 
 

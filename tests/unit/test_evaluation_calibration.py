@@ -144,7 +144,7 @@ def test_answers_that_validation_does_not_know_are_made_good(unknown: float) -> 
     weight = torch.zeros_like(own).masked_fill(out, -torch.inf)
     b = inverse_temperature(own.masked_fill(out, -1e4), weight)
     later, later_out, _ = asked(true & ~valid, true)
-    errors = []
+    errors, covered = [], []
     for told in (question, None):
         task = fit_task(
             *(own, weight, np.zeros(len(own), dtype=np.int64), 1),
@@ -155,8 +155,11 @@ def test_answers_that_validation_does_not_know_are_made_good(unknown: float) -> 
         found.observe(
             Calibration(0.1, {"tail": task}), "tail", later, gold, np.zeros(len(later), dtype=np.int64), later_out
         )
-        errors.append(metrics_of({"tail": found}, "test")["test.tail.calibration.ece"])
+        metrics = metrics_of({"tail": found}, "test")
+        errors.append(metrics["test.tail.calibration.ece"])
+        covered.append(metrics["test.tail.calibration.coverage"])
     assert errors[0] < 0.03 and errors[1] > 0.1, errors
+    assert abs(covered[0] - 0.9) < 0.015 and covered[1] > covered[0] + 0.02, covered
 
 
 def test_what_is_known_counts_as_if_it_were_not() -> None:
