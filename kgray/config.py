@@ -298,7 +298,9 @@ def _mapping(kind: Any, value: Any, key: str, place: Any) -> dict[str, Any]:
         raise ConfigError(key, value, describe(kind))
     arguments = get_args(kind)
     of = arguments[1] if arguments else Any
-    return {str(name): _value(of, item, _join(key, str(name)), place) for name, item in value.items()}
+    # Null takes a section away that a file this one is built on has.
+    there = {str(name): item for name, item in value.items() if item is not None or not is_dataclass(of)}
+    return {name: _value(of, item, _join(key, name), place) for name, item in there.items()}
 
 
 def _scalar(kind: Any, value: Any, key: str) -> Any:

@@ -78,7 +78,7 @@ class MembersConfig:
         "before it falls for the last time, and the weights reached are kept each time (snapshot ensemble, Huang et "
         "al. 2017). It does not stop early then.",
     )
-    models: dict[str, ModelMember] = option({}, "Further models, by a name of your own.")
+    models: dict[str, ModelMember] = option({}, "Further models, by a name of your own; null takes one of a base away.")
     pseudo: PseudoConfig | None = option(
         None,
         "The main model once more, on its own surest predictions besides the training triples (semi-supervised); "

@@ -322,3 +322,18 @@ def test_import_is_light():
     code = f"import sys, kgray.config; print([m for m in {heavy} if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert found.strip() == "[]"
+
+
+@configuration
+class Several:
+    trainings: dict[str, Train] = option({}, "Trainings by name.")
+    names: dict[str, str | None] = option({}, "Names.")
+
+
+def test_null_takes_a_section_of_a_base_away(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("trainings: {one: {batch_size: 3}, two: {batch_size: 4}}\nnames: {a: b}\n")
+    (tmp_path / "c.yaml").write_text("base: base.yaml\ntrainings: {one: null}\nnames: {a: null}\n")
+    found = load_config(Several, str(tmp_path / "c.yaml"), [])
+    assert {name: one.batch_size for name, one in found.trainings.items()} == {"two": 4}
+    assert found.names == {"a": None}, "where null is a value it stays one"
+    assert load_config(Several, str(tmp_path / "base.yaml"), ["trainings.two=null"]).trainings.keys() == {"one"}
