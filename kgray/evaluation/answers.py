@@ -149,7 +149,7 @@ class Answerer:
             for task, first, second, gold in (("tail", h, r, t), ("head", r, t, h)):
                 scores, others = self._scored(task, first, second)  # type: ignore[arg-type]
                 sides.append(_judge_side(task, scores, others, r, gold, known, self.model.calibration))
-            parts.append(_both(sides[0], sides[1], known))
+            parts.append(both(sides[0], sides[1], known))
         return Judged.concatenate(parts)
 
     def _slices(self, count: int, task: Task) -> list[slice]:
@@ -246,10 +246,7 @@ def top_k(scores: Floats, count: int, without: Ints | None = None) -> Ints:
 
 def _set_sizes(scores: Tensor, rows: Rows, known: Known) -> Ints:
     """(B,) candidates not known yet that belong to the answer set."""
-    # The least float32 that reaches the threshold: comparing in float32 is then exact.
-    single = rows.threshold.astype(np.float32)
-    single = np.where(single < rows.threshold, np.nextafter(single, np.float32(np.inf)), single)
-    level = torch.from_numpy(single)
+    level = torch.from_numpy(rows.reaching())
     size = (scores >= level[:, None]).sum(1).numpy()
     held = (scores[torch.from_numpy(known[0]), torch.from_numpy(known[1])] >= level[known[0]]).numpy()
     sizes: Ints = size - np.bincount(known[0][held], minlength=len(size))
@@ -257,7 +254,7 @@ def _set_sizes(scores: Tensor, rows: Rows, known: Known) -> Ints:
 
 
 @dataclass(frozen=True, slots=True)
-class _Side:
+class Side:
     """One direction of B triples: as the fields of `Judged`."""
 
     score: Floats
@@ -271,7 +268,7 @@ class _Side:
 def _judge_side(
     task: str, scores: Tensor, others: Known, relations: Tensor, gold: Tensor, known: Bools,
     calibration: Calibration | None,
-) -> _Side:  # fmt: skip
+) -> Side:  # fmt: skip
     batch = len(gold)
     finite = _finite(scores)
     if not finite.all():
@@ -288,10 +285,11 @@ def _judge_side(
         with np.errstate(invalid="ignore"):
             probability, inside = rows.probability(every, true, known), rows.contains(every, true, known)
         probability = np.where(calibrated, probability, np.nan)
-    return _Side(true, (optimistic + pessimistic) / 2, probability, inside, calibrated, finite)
+    return Side(true, (optimistic + pessimistic) / 2, probability, inside, calibrated, finite)
 
 
-def _both(tail: _Side, head: _Side, known: Bools) -> Judged:
+def both(tail: Side, head: Side, known: Bools) -> Judged:
+    """What is said of triples from what is said from either end."""
     return Judged(
         score=np.float32(0.5) * (tail.score + head.score),
         known=known,

@@ -109,6 +109,15 @@ class Rows:
     def threshold(self) -> Floats:
         return (self.log_threshold + self.log_sum) / self.task.inverse_temperature
 
+    def reaching(self) -> npt.NDArray[np.float32]:
+        """(B,) the least float32 that reaches the threshold: with it float32 scores compare exactly."""
+        with np.errstate(over="ignore"):
+            single = self.threshold.astype(np.float32)
+        found: npt.NDArray[np.float32] = np.where(
+            single < self.threshold, np.nextafter(single, np.float32(np.inf)), single
+        )
+        return found
+
     def probability(self, row: int | Ints, scores: npt.NDArray[Any], known: npt.NDArray[np.bool_]) -> Floats:
         """(K,) calibrated probabilities of candidates of one query. known (K,): left out of the sum until now.
 

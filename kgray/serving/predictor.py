@@ -169,6 +169,8 @@ class Predictor:
         self._answerer = Answerer(bundle)
         self.entities = Names("entity", bundle.entity_ids, bundle.entity_names)
         self.relations = Names("relation", bundle.relation_ids, bundle.relation_names)
+        for names in (self.entities, self.relations):
+            names.near("")  # no request shall wait until suggestions are made ready
 
     def predict(self, queries: Sequence[Query]) -> list[Ranking | QueryError | NonFiniteError]:
         """Rank the missing part of each query.
