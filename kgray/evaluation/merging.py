@@ -65,10 +65,11 @@ class Top:
 
 @dataclass(frozen=True)
 class LogSum:
-    """The softmax of B queries so far, (B,) float64 each: the highest score, and the logarithm of the sum of
-    exponentials of the scores times an inverse temperature; -inf where there is no candidate."""
+    """The softmax of B queries so far, (B,) each: the highest score and how many candidates have it, and the logarithm
+    of the sum of exponentials of the scores times an inverse temperature; -inf where there is no candidate."""
 
     best: Doubles
+    leading: Ints
     log_sum: Doubles
 
     @classmethod
@@ -81,11 +82,13 @@ class LogSum:
         exponentials = torch.exp((own - level[:, None]) * inverse_temperature)
         with np.errstate(divide="ignore"):
             log_sum = np.log(exponentials.sum(1, dtype=torch.float64).numpy())
-        top = best.double().numpy()
-        return cls(top, log_sum + level.double().numpy() * inverse_temperature)
+        top, leading = best.double().numpy(), (own == best[:, None]).sum(1).numpy()
+        return cls(top, leading, log_sum + level.double().numpy() * inverse_temperature)
 
     def __add__(self, other: LogSum) -> LogSum:
-        return LogSum(np.maximum(self.best, other.best), np.logaddexp(self.log_sum, other.log_sum))
+        best = np.maximum(self.best, other.best)
+        leading = self.leading * (self.best == best) + other.leading * (other.best == best)
+        return LogSum(best, leading, np.logaddexp(self.log_sum, other.log_sum))
 
 
 @dataclass(frozen=True)
@@ -98,9 +101,8 @@ class Rivals:
     @classmethod
     def of(cls, scores: Tensor, reference: Tensor, out: Tensor) -> Rivals:
         """Of scores (B, C) against reference (B,), without those in out (B, C) bool."""
-        own = scores.masked_fill(out, -torch.inf)
-        above, level = (own > reference[:, None]).sum(1), (own == reference[:, None]).sum(1)
-        return cls(above.numpy(), level.numpy())
+        above, level = scores > reference[:, None], scores == reference[:, None]
+        return cls((above & ~out).sum(1).numpy(), (level & ~out).sum(1).numpy())
 
     def __add__(self, other: Rivals) -> Rivals:
         return Rivals(self.above + other.above, self.level + other.level)

@@ -91,6 +91,21 @@ class Survey:
         return Survey(self.top + other.top, log_sum, true, self.finite & other.finite)
 
 
+@dataclass(frozen=True)
+class Ranked:
+    """True answers among all candidates: ranks with ties won and lost, scores, whether all scores of the query are
+    numbers, (B,) each. Of a calibrated model also what calibration says of the queries, how many candidates lead, and
+    the sizes of the answer sets where they were asked for; else None."""
+
+    optimistic: Ints
+    pessimistic: Ints
+    true: Floats
+    finite: Bools
+    rows: Rows | None
+    leading: Ints | None
+    set_size: Ints | None
+
+
 class Ranges(Protocol):
     """Whoever goes over all ranges: this process (`Blocks`), or several."""
 
@@ -255,8 +270,8 @@ class RangedAnswerer(Answerer):
         for rows in self._parts(len(heads)):
             h, r, t = heads[rows], relations[rows], tails[rows]
             known = self.model.known.contains(h, r, t)
-            tail = self._side(self._asked("tail", h, r, t), r, known)
-            parts.append(both(tail, self._side(self._asked("head", r, t, h), r, known), known))
+            tail = self._side(self._asked("tail", h, r, t), known)
+            parts.append(both(tail, self._side(self._asked("head", r, t, h), known), known))
         return Judged.concatenate(parts)
 
     def _parts(self, count: int) -> list[slice]:
@@ -297,19 +312,32 @@ class RangedAnswerer(Answerer):
         size = reaching.above + reaching.level
         return Answers(ids, found.top.values, of_known, probability, inside, size, count, calibrated, found.finite)
 
-    def _side(self, asked: Asked, relations: Tensor, known: Bools) -> Side:
-        batch, width = len(asked), self.model.num_entities
+    def rank(self, asked: Asked, *, set_sizes: bool) -> Ranked:
+        """Where the true answers stand among all candidates; set_sizes: whether those of the answer sets are counted,
+        where the model is calibrated."""
         fitted = self._calibration(asked.task)
         final = self._final(asked)
         temperature = None if fitted is None else fitted.inverse_temperature
-        none = np.zeros(batch, dtype=bool)
+        none = np.zeros(len(asked), dtype=bool)
         found: Survey = self.ranges.each("survey", asked, final, none, 1, temperature)
-        rivals, _ = self.ranges.each("compare", asked, final, found.true, None)
-        # Level counts the true answer itself.
-        rank = (rivals.above + 1 + rivals.above + rivals.level) / 2
-        probability, inside, calibrated = np.full(batch, np.nan), none, none
+        rows, leading = None, None
         if fitted is not None and found.log_sum is not None:
-            rows = _rows(fitted, found.log_sum, asked)
+            rows, leading = _rows(fitted, found.log_sum, asked), found.log_sum.leading
+        counted = rows.reaching() if rows is not None and set_sizes else None
+        rivals, reaching = self.ranges.each("compare", asked, final, found.true, counted)
+        size = None if reaching is None else reaching.above + reaching.level
+        # Level counts the true answer itself.
+        return Ranked(
+            rivals.above + 1, rivals.above + rivals.level, found.true, found.finite, rows, leading, size
+        )
+
+    def _side(self, asked: Asked, known: Bools) -> Side:
+        batch, width = len(asked), self.model.num_entities
+        found = self.rank(asked, set_sizes=False)
+        rank, rows = (found.optimistic + found.pessimistic) / 2, found.rows
+        none = np.zeros(batch, dtype=bool)
+        probability, inside, calibrated = np.full(batch, np.nan), none, none
+        if rows is not None:
             every = np.arange(batch)
             calibrated = found.finite & (np.bincount(asked.known[0], minlength=batch) < width)
             with np.errstate(invalid="ignore"):

@@ -19,9 +19,12 @@ from test_model_ensemble import random_gate
 from torch import Tensor
 
 from kgray.evaluation.answers import Answerer, Answers, Judged, top_k
+from kgray.evaluation.counts import Strata
 from kgray.evaluation.merging import LogSum, Moments, Rivals, Top, known_in
 from kgray.evaluation.ranged import Blocks, RangedAnswerer, can_range, sizes
-from kgray.evaluation.ranking import rank_scores
+from kgray.evaluation.ranged_ranking import rank_ranged
+from kgray.evaluation.ranking import Ranks, Scored, rank_scores, rank_triples
+from kgray.evaluation.reliability import Reliability
 from kgray.graph.filter_index import FilterIndex
 from kgray.graph.graph import Graph
 from kgray.model.ensemble import EnsembleScorer
@@ -82,6 +85,7 @@ def test_parts_in_any_order_add_up_to_the_whole_row(size: int, different: int) -
     unknown = scores.double().masked_fill(out, -torch.inf)
     torch.testing.assert_close(torch.from_numpy(log_sum.log_sum), torch.logsumexp(unknown * 1.7, 1), rtol=0, atol=2e-6)
     assert log_sum.best.tolist() == unknown.amax(1).tolist()
+    assert log_sum.leading.tolist() == (unknown == unknown.amax(1, keepdim=True)).sum(1).tolist()
 
     others = out.clone()
     others[torch.arange(20), gold] = False
@@ -221,3 +225,49 @@ def test_a_score_that_is_no_number_is_found_in_whatever_range() -> None:
     given = torch.tensor([2, 3, 4]), torch.tensor([0, 0, 0])
     found = RangedAnswerer(made, scorer, 10, 16).complete("tail", *given, np.full(3, 4), np.zeros(3, dtype=bool))
     assert found.finite.tolist() == [True, False, True]
+
+
+def _three(ranks: Ranks) -> tuple[list[int], list[int], list[int]]:
+    return ranks.optimistic.tolist(), ranks.pessimistic.tolist(), ranks.candidates.tolist()
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", ["levels", "ensemble"])
+def test_the_evaluator_counts_the_same_ranks_by_range(size: int, kind: str) -> None:
+    """Ranks, the ranks' sums, and how probabilities and answer sets did."""
+    scorer = ranged(levels(2)) if kind == "levels" else ensemble(features=False, second_look=True)
+    made = model(scorer)
+    asked, strata = triples(9, 60)[:40], Strata.of(TRAIN, ENTITIES, RELATIONS)
+    known = FilterIndex.build(np.concatenate([FACTS, asked]), ENTITIES, RELATIONS)
+    whole: dict[str, list[int]] = {"tail": [], "head": []}
+    want = {task: Reliability() for task in whole}
+
+    def see(scored: Scored) -> None:
+        relations = scored.triples[:, 1]
+        want[scored.side].observe(
+            *(made.calibration, scored.side, scored.scores, scored.gold, relations), scored.others_known()
+        )
+
+    oracle = rank_triples(
+        *(scorer, asked, known),
+        split="test",
+        train=strata,
+        tasks=("tail", "head"),
+        on_scores=see,
+        on_ranks=lambda ranks: whole[ranks.side].extend(zip(*_three(ranks), strict=True)),
+    )
+    found: dict[str, list[int]] = {"tail": [], "head": []}
+    told = {task: Reliability() for task in found}
+    counts = rank_ranged(
+        *(RangedAnswerer(made, scorer, 17, size), [asked[:25], asked[25:]], known),
+        split="test",
+        train=strata,
+        tasks=("tail", "head"),
+        on_ranks=lambda ranks: found[ranks.side].extend(zip(*_three(ranks), strict=True)),
+        reliability=told,
+    )
+    assert found == whole
+    assert counts.metrics() == oracle.metrics()
+    for task, one in told.items():
+        assert (one.covered, one.total_size, one.empty) == (want[task].covered, want[task].total_size, want[task].empty)
+        assert one.metrics()["brier"] == pytest.approx(want[task].metrics()["brier"], rel=1e-4)
