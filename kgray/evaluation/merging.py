@@ -163,8 +163,6 @@ def _plus(one: Any, other: Any) -> Any:
         return {key: _plus(value, other[key]) for key, value in one.items()}
     if isinstance(one, tuple):
         return tuple(_plus(a, b) for a, b in zip(one, other, strict=True))
-    if isinstance(one, np.ndarray) and one.dtype == bool:
-        return one & other
     return None if one is None else one + other
 
 

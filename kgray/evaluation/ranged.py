@@ -35,7 +35,7 @@ from kgray.evaluation.merging import LogSum, Moments, Rivals, Top, finite_rows, 
 from kgray.model.ensemble import EnsembleScorer, score
 from kgray.model.reranking import Picked, below
 
-_BATCH = 256
+BATCH = 256
 """Queries scored at once, where they fit: fewer make a product of matrices slow."""
 
 _LEAST_BATCH = 16
@@ -132,9 +132,7 @@ class Blocks:
         """See `Ranges`."""
         starts = range(self.start, self.stop, self.size)
         with torch.inference_mode():
-            return total(
-                getattr(self, method)(low, min(low + self.size, self.stop), *arguments) for low in starts
-            )
+            return total(getattr(self, method)(low, min(low + self.size, self.stop), *arguments) for low in starts)
 
     def moments(self, start: int, stop: int, asked: Asked) -> dict[str, Moments]:
         """Round 1, of each member."""
@@ -231,14 +229,18 @@ def sizes(scorer: Any, num_entities: int, cells: int) -> tuple[int, int] | None:
 
     One query is answered at a time where even its whole rows, of members that cannot do otherwise, are too much.
     """
+    if "tail" not in scorer.tasks:
+        return None
     members = members_of(scorer, "tail")
     whole = sum(not can_range(member) for member in members.values())
     if whole == len(members) or _LEAST_BATCH * num_entities * (len(members) + _COPIES) <= cells:
         return None
     # Half for whole rows, the rest for the range.
-    batch = _BATCH if not whole else max(1, min(_BATCH, cells // (2 * whole * num_entities)))
+    batch = BATCH if not whole else max(1, min(BATCH, cells // (2 * whole * num_entities)))
     size = (cells - (cells // 2 if whole else 0)) // (batch * (len(members) + _COPIES))
-    return batch, max(1, min(size, num_entities))
+    # Near-equal ranges: a narrow last one would go through another matrix kernel, and break ties with its last bits.
+    ranges = -(-num_entities // max(1, min(size, num_entities)))
+    return batch, -(-num_entities // ranges)
 
 
 class RangedAnswerer(Answerer):
@@ -259,7 +261,7 @@ class RangedAnswerer(Answerer):
         if task == "relation":
             return super().complete(task, first, second, top_k, filter_known)
         parts = []
-        for rows in self._parts(len(first)):
+        for rows in self.parts(len(first)):
             asked = self._asked(task, first[rows], second[rows], torch.full((len(first[rows]),), -1))
             parts.append(self._complete(asked, top_k[rows], filter_known[rows]))
         return Answers.concatenate(parts)
@@ -267,22 +269,21 @@ class RangedAnswerer(Answerer):
     def judge(self, heads: Tensor, relations: Tensor, tails: Tensor) -> Judged:
         """As :meth:`Answerer.judge`."""
         parts = []
-        for rows in self._parts(len(heads)):
+        for rows in self.parts(len(heads)):
             h, r, t = heads[rows], relations[rows], tails[rows]
             known = self.model.known.contains(h, r, t)
             tail = self._side(self._asked("tail", h, r, t), known)
             parts.append(both(tail, self._side(self._asked("head", r, t, h), known), known))
         return Judged.concatenate(parts)
 
-    def _parts(self, count: int) -> list[slice]:
+    def parts(self, count: int) -> list[slice]:
+        """Near-equal batches of so many queries."""
         parts = -(-count // self.batch)
         return [slice(count * i // parts, count * (i + 1) // parts) for i in range(parts)]
 
     def _asked(self, task: Task, first: Tensor, second: Tensor, gold: Tensor) -> Asked:
         known = self.model.known
-        # Copies: they travel to other processes, which must not get the whole they are slices of.
-        found = known.tails(first, second) if task == "tail" else known.heads(first, second)
-        return Asked(task, first.clone(), second.clone(), found, gold.clone())
+        return Asked(task, first, second, (known.tails if task == "tail" else known.heads)(first, second), gold)
 
     def _complete(self, asked: Asked, top_k: Ints, filter_known: Bools) -> Answers:
         width, batch = self.model.num_entities, len(asked)
@@ -327,9 +328,8 @@ class RangedAnswerer(Answerer):
         rivals, reaching = self.ranges.each("compare", asked, final, found.true, counted)
         size = None if reaching is None else reaching.above + reaching.level
         # Level counts the true answer itself.
-        return Ranked(
-            rivals.above + 1, rivals.above + rivals.level, found.true, found.finite, rows, leading, size
-        )
+        above, level = rivals.above, rivals.level
+        return Ranked(above + 1, above + level, found.true, found.finite, rows, leading, size)
 
     def _side(self, asked: Asked, known: Bools) -> Side:
         batch, width = len(asked), self.model.num_entities

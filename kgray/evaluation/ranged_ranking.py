@@ -42,8 +42,8 @@ def rank_ranged(
     model = answerer.model
     counts = Counts(split, True, model.num_relations, train.cardinality)
     for array in triples:
-        for start in range(0, len(array), answerer.batch):
-            batch = array[start : start + answerer.batch]
+        for rows in answerer.parts(len(array)):
+            batch = array[rows]
             unseen = ~(train.seen[batch[:, 0]] & train.seen[batch[:, 2]])
             for task in tasks:
                 asked = _asked(task, batch, known)

@@ -33,7 +33,7 @@ import torch
 
 from kgray.errors import ArtifactError, NonFiniteError
 from kgray.evaluation.answers import Answerer, Answers, Judged, Task
-from kgray.evaluation.ranged import answerer_of
+from kgray.evaluation.ranged import RangedAnswerer, answerer_of
 from kgray.model.bundle import Bundle
 from kgray.prediction.queries import PARTS, TASKS, shard_name
 from kgray.prediction.shards import PredictTask, Shard, ShardDone, done_name
@@ -113,7 +113,11 @@ class Predictions:
     def _open(self) -> tuple[Bundle, Answerer, pa.Array, pa.Array, pa.Array, pa.Array]:
         if self._opened is None:
             bundle = Bundle.load(self.task.model)
-            answerer = answerer_of(bundle, self.task.config.score_memory_mb << 18)  # four bytes a score
+            holders, cells = self.task.holders, self.task.config.score_memory_mb << 18  # four bytes a score
+            if holders is None:
+                answerer = answerer_of(bundle, cells)
+            else:
+                answerer = RangedAnswerer(bundle, bundle.scorer, holders.batch, bundle.num_entities, holders)
             lists = (bundle.entity_ids, bundle.entity_names, bundle.relation_ids, bundle.relation_names)
             names = [pa.array(one, pa.string()) for one in lists]
             self._opened = (bundle, answerer, names[0], names[1], names[2], names[3])

@@ -59,7 +59,16 @@ class PredictConfig:
     workers: int | None = option(
         None, "Processes that each hold the model. Null: the cores of this machine, or the CPUs of the cluster joined."
     )
-    score_memory_mb: int = option(256, "MiB of scores, and copies of them, a worker holds at once.")
+    score_memory_mb: int = option(
+        256,
+        "MiB of scores, and copies of them, a worker holds at once. Where that does not hold 16 rows of all entities, "
+        "candidates are scored in ranges and merged.",
+    )
+    holders: int = option(
+        0,
+        "Processes among which the candidates of entity queries are divided, each with the states of its range in "
+        "memory, where a node's memory does not hold all of them; 0: every worker reads what it needs.",
+    )
 
     def __post_init__(self) -> None:
         if self.queries in ([], ""):
@@ -71,5 +80,7 @@ class PredictConfig:
                 raise ConfigError(key, getattr(self, key), "a positive number")
         if self.workers is not None and self.workers < 1:
             raise ConfigError("workers", self.workers, "null or a positive number")
+        if self.holders < 0:
+            raise ConfigError("holders", self.holders, "a number of processes, 0 or more")
         if self.max_bad_rows < 0:
             raise ConfigError("max_bad_rows", self.max_bad_rows, "a number of rows, 0 or more")

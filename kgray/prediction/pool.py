@@ -27,6 +27,9 @@ _IN_FLIGHT = 2
 """Items given to a worker at once: it need not wait for the driver between them."""
 
 
+_SAY_EVERY_S = 30.0
+
+
 class _Body:
     """What runs in the actor."""
 
@@ -91,7 +94,11 @@ class Pool(Generic[Item, Result]):
             self._hand_out(waiting)
             watched = {w.starting: w for w in self._workers if not w.ready}
             watched |= {answer: w for w in self._workers for answer in w.asked}
-            done, _ = ray.wait(list(watched), num_returns=1)
+            done, _ = ray.wait(list(watched), num_returns=1, timeout=_SAY_EVERY_S)
+            if not done:
+                if not any(worker.ready for worker in self._workers):
+                    log.info("waiting for a free CPU of the cluster")
+                continue
             worker = watched[done[0]]
             try:
                 with remote_errors():

@@ -25,9 +25,10 @@ from kgray.data.bad_rows import judge, kept_details, merge
 from kgray.data.inputs import Plan, Sizes, hashed
 from kgray.data.output import part_name, quarantine
 from kgray.data.tasks import run_all
-from kgray.errors import ArtifactError, DataError
+from kgray.errors import ArtifactError, ConfigError, DataError
 from kgray.machine import local_cores
 from kgray.prediction.config import PredictConfig
+from kgray.prediction.holders import held
 from kgray.prediction.output import ANSWERS
 from kgray.prediction.pool import Pool
 from kgray.prediction.queries import TASKS, QueriesRead, note_name, plan_queries, query_files, read_queries
@@ -75,7 +76,7 @@ def predict(
     recipe = predict_recipe(store, config, model)
     out = Draft(store.scratch(scratch_name(recipe.version)))
     with ray_session() as session:
-        workers = config.workers or (local_cores() if session.embedded else cluster_cpus())
+        workers = _workers(config, session.embedded)
         read = _read(out, config, model, plan_queries(config, sizes or Sizes()))
         paths = [file.path for file in query_files(config)]
         bad = merge([one.bad for one in read], kept_details(config))
@@ -87,8 +88,9 @@ def predict(
         shards = _shards(read)
         if not shards:
             raise DataError(f"{', '.join(paths[:3])}: no row can be answered ({bad.count} bad rows); expected queries")
-        task = PredictTask(config, model, tuple(paths), recipe.version, out)
-        done = _answer(task, shards, workers)
+        with held(model, config.score_memory_mb << 18, config.holders) as holders:
+            task = PredictTask(config, model, tuple(paths), recipe.version, out, holders)
+            done = _answer(task, shards, workers)
     _publish(draft, out, [done[shard].file for shard in shards])
     draft.write_bytes("quarantine.jsonl", quarantine(bad.rows, paths))
     tasks = {f"asked_{name}": sum(one.tasks[n] for one in read) for n, name in enumerate(TASKS)}
@@ -100,6 +102,15 @@ def predict(
         "quarantined": bad.count,
         "shards": len(shards),
     }
+
+
+def _workers(config: PredictConfig, embedded: bool) -> int:
+    """Processes that answer. Holders have a CPU each too, and workers wait for all of them."""
+    free = cluster_cpus() - config.holders
+    if free < 1:
+        raise ConfigError("predict.holders", config.holders, f"less than the {cluster_cpus()} CPUs of the cluster")
+    workers = config.workers or (local_cores() if embedded else cluster_cpus())
+    return min(workers, free) if config.holders else workers
 
 
 def _read(out: Draft, config: PredictConfig, model: Artifact, plan: Plan) -> list[QueriesRead]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from kgray.artifact import Artifact, Draft
 from kgray.artifact.filesystem import read_bytes, resolve
 from kgray.prediction.config import PredictConfig
+from kgray.prediction.holders import Holders
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,14 @@ def finished(out: Draft, shards: Sequence[Shard], there: Mapping[str, int]) -> d
 @dataclass(frozen=True)
 class PredictTask:
     """What every worker must know; small, as it travels to each. files: of the queries, by number; version: of the
-    predictions; out: the scratch folder with the shards."""
+    predictions; out: the scratch folder with the shards; holders: of the candidates, None where a worker is alone."""
 
     config: PredictConfig
     model: Artifact
     files: tuple[str, ...]
     version: str
     out: Draft
+    holders: Holders | None = None
 
     def metadata(self) -> dict[str, str]:
         """What the Parquet files say of themselves."""
