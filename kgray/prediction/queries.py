@@ -229,13 +229,14 @@ def _understood(block: RowBlock, source: int, config: PredictConfig, words: Voca
             wrong |= task == kind
     for row in np.flatnonzero(wrong).tolist():
         values = {part: "" if column is None else column[row].as_py() for part, column in texts.items()}
-        reason = _reason(values, {part: bool(opened[part][row]) for part in PARTS}, errors, words)
+        left = {part: bool(opened[part][row]) for part in PARTS}
+        reason = _reason(values, left, errors, words)
         bad.add(source, int(block.lines[row]), reason, "\t".join(values.values()))
     keep = ~wrong
     return pa.table(
         {
             "task": pa.array(task[keep]),
-            **{part: pa.array(ids[part][keep]) for part in PARTS},
+            **{str(part): pa.array(ids[part][keep]) for part in PARTS},
             "source": pa.array(np.full(int(keep.sum()), source, dtype=np.int32)),
             "line": pa.array(block.lines[keep]),
         },
