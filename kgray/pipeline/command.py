@@ -95,12 +95,16 @@ def execute(job: str, settings: Settings, config_name: str, *, keep_serving: boo
     from kgray.pipeline import deployment, results, steps
     from kgray.pipeline.plan import Work, needed
     from kgray.prediction.output import check_output, write_output
+    from kgray.prediction.queries import check_queries
 
     begin = time.monotonic()
     targets = steps.targets_of(job, settings)
-    output = settings.predict.output if steps.PREDICT in targets else None
-    if output is not None:
-        check_output(output)
+    output = None
+    if steps.PREDICT in targets:
+        output = settings.predict.output
+        check_queries(settings.predict)  # what is wrong there must not be told after hours of training
+        if output is not None:
+            check_output(output)
     with Work(settings, f"{job} {config_name}") as work:
         for step in needed(steps.steps_of(settings), targets):
             work.run(step)

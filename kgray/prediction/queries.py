@@ -22,9 +22,9 @@ import pyarrow as pa
 
 from kgray.artifact import Artifact, Draft
 from kgray.data.bad_rows import BadRows, kept_details
-from kgray.data.files import Chunk, InputFile, describe_file, expand_paths, first_line
+from kgray.data.files import Chunk, InputFile, cut_file, describe_file, expand_paths, first_line
 from kgray.data.inputs import Plan, Sizes, plan_reading
-from kgray.data.rows import RowBlock, Shape, read_rows
+from kgray.data.rows import RowBlock, Shape, check_columns, read_rows
 from kgray.errors import ConfigError, DataError
 from kgray.prediction.config import PredictConfig
 from kgray.serving.names import Field, Names, QueryError
@@ -58,8 +58,11 @@ def query_files(config: PredictConfig) -> list[InputFile]:
             "predict.queries", None, "files of queries: predict.queries=queries.tsv, or --queries queries.tsv"
         )
     paths = expand_paths(config.queries, "predict.queries")
-    # Their role is that of triples, but for parts that may be left open.
-    return [describe_file(n, path, "queries", config.format, "predict.queries") for n, path in enumerate(paths)]
+    files = [describe_file(n, path, "queries", config.format, "predict.queries") for n, path in enumerate(paths)]
+    for file in files:
+        if file.format == "ntriples":
+            raise DataError(f"predict.queries: {file.path} is N-Triples, which leave nothing open; expected a table")
+    return files
 
 
 def shape_of(config: PredictConfig) -> Shape:
@@ -68,17 +71,22 @@ def shape_of(config: PredictConfig) -> Shape:
     return Shape((), optional=(columns.head, columns.relation, columns.tail))
 
 
+def check_queries(config: PredictConfig) -> None:
+    """Whether there are files of queries, and their names and first lines are in order: asked before a model is
+    trained for them. Raises ConfigError: none are given; DataError: missing, empty, of no known format, fewer than two
+    of the three columns."""
+    for file in query_files(config):
+        first = cut_file(file, _has_header(file, config))[0]
+        if first.header:
+            check_columns(first, shape_of(config), "predict.columns")
+            _check_columns(first, config)
+
+
 def plan_queries(config: PredictConfig, sizes: Sizes) -> Plan:
-    """What each reading task takes. Raises DataError: empty files, fewer than two of the three columns."""
+    """What each reading task takes. Raises as :func:`check_queries`."""
+    check_queries(config)
     files = query_files(config)
-    for file in files:
-        if file.format == "ntriples":
-            raise DataError(f"predict.queries: {file.path} is N-Triples, which leave nothing open; expected a table")
-    plan = plan_reading(files, lambda file: _has_header(file, config), shape_of(config), "predict.columns", sizes)
-    for group in plan.groups:
-        for chunk in group:
-            _check_columns(chunk, config)
-    return plan
+    return plan_reading(files, lambda file: _has_header(file, config), shape_of(config), "predict.columns", sizes)
 
 
 def _has_header(file: InputFile, config: PredictConfig) -> bool:
@@ -92,8 +100,6 @@ def _has_header(file: InputFile, config: PredictConfig) -> bool:
 
 
 def _check_columns(chunk: Chunk, config: PredictConfig) -> None:
-    if not chunk.header:
-        return
     wanted = shape_of(config).optional
     if len(set(wanted) & set(chunk.header)) < 2:
         where = chunk.file.path + ("" if chunk.file.format == "parquet" else ", line 1")
