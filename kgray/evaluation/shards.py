@@ -249,7 +249,7 @@ def _rank_model(
 ) -> Counts:
     """The model's ranks of one shard, by whole rows or, where these are too much, by ranges of candidates."""
     bundle, budget = watch.bundle, config.score_memory_mb << 18  # four bytes a score
-    whole = partial(
+    whole: Callable[..., Counts] = partial(
         rank_triples,
         watch.scorer,
         known=known,
