@@ -119,8 +119,8 @@ def _read(out: Draft, config: PredictConfig, model: Artifact, plan: Plan) -> lis
     there = list_files(filesystem, path)
     found: dict[int, QueriesRead] = {}
     for group in range(len(plan.groups)):
-        if note_name(group) in there and (told := _note(filesystem, out.path_of(note_name(group)))) is not None:
-            found[group] = told
+        if note_name(group) in there and (one := _note(filesystem, out.path_of(note_name(group)))) is not None:
+            found[group] = one
     missing = [group for group in range(len(plan.groups)) if group not in found]
     if not missing:
         return [found[group] for group in range(len(plan.groups))]
