@@ -11,7 +11,7 @@ line     int64  line in it (of Parquet the row), from 1
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -216,12 +216,11 @@ def _understood(block: RowBlock, source: int, config: PredictConfig, words: Voca
     """The rows of a block as ids, those that cannot be answered told to ``bad``."""
     count = len(block.lines)
     ids: dict[Field, Ints] = {}
-    errors: dict[Field, dict[str, str]] = {}
     texts: dict[Field, Any] = {}
     for part in PARTS:
         column = block.columns.get(getattr(config.columns, part))
         texts[part] = column
-        ids[part], errors[part] = _found(part, column, count, config.unknown, words.of(part))
+        ids[part] = _found(column, count, config.unknown, words.of(part))
     opened = {part: ids[part] == _OPEN for part in PARTS}
     number = sum(mask.astype(np.int64) for mask in opened.values())
     task = np.full(count, _TRIPLE, dtype=np.int8)
@@ -233,10 +232,12 @@ def _understood(block: RowBlock, source: int, config: PredictConfig, words: Voca
     for kind, needed in needs.items():
         if needed & set(unable):
             wrong |= task == kind
-    for row in np.flatnonzero(wrong).tolist():
+    # Of more bad rows than are kept only the number counts: what they may have meant is dear to find.
+    wrong_rows = np.flatnonzero(wrong)
+    bad.count += max(0, len(wrong_rows) - bad.limit)
+    for row in wrong_rows[: bad.limit].tolist():
         values = {part: "" if column is None else column[row].as_py() for part, column in texts.items()}
-        left = {part: bool(opened[part][row]) for part in PARTS}
-        reason = _reason(values, left, errors, words)
+        reason = _reason(values, {part: int(ids[part][row]) for part in PARTS}, words)
         bad.add(source, int(block.lines[row]), reason, "\t".join(values.values()))
     keep = ~wrong
     return pa.table(
@@ -250,34 +251,32 @@ def _understood(block: RowBlock, source: int, config: PredictConfig, words: Voca
     )
 
 
-def _found(part: Field, column: Any, count: int, unknown: str, names: Names) -> tuple[Ints, dict[str, str]]:
-    """(count,) ids of a column, and what is wrong with values that have none. Each value is looked up once."""
+def _found(column: Any, count: int, unknown: str, names: Names) -> Ints:
+    """(count,) ids of a column, or why there is none. Each value is looked up once."""
     if column is None:
-        return np.full(count, _OPEN, dtype=np.int64), {}
+        return np.full(count, _OPEN, dtype=np.int64)
     encoded = column.dictionary_encode()
-    errors: dict[str, str] = {}
     found = np.empty(len(encoded.dictionary), dtype=np.int64)
     for place, value in enumerate(encoded.dictionary.to_pylist()):
         if not value.strip() or value == unknown:
             found[place] = _OPEN
-            continue
-        try:
-            found[place] = names.find(part, value).index
-        except QueryError as error:
-            found[place], errors[value] = _UNKNOWN, str(error)
-    return found[np.asarray(encoded.indices)], errors
+        else:
+            index = names.index_of(value)
+            found[place] = _UNKNOWN if index is None else index
+    ids: Ints = found[np.asarray(encoded.indices)]
+    return ids
 
 
-def _reason(
-    values: dict[Field, str], opened: dict[Field, bool], errors: dict[Field, dict[str, str]], words: Vocabulary
-) -> str:
+def _reason(values: Mapping[Field, str], ids: Mapping[Field, int], words: Vocabulary) -> str:
     """What is wrong with a row, and what would be right."""
-    open_parts = [part for part in PARTS if opened[part]]
-    if len(open_parts) > 1:
-        return f"{' and '.join(open_parts)} are open; expected two of head, relation, tail, or all three"
+    opened = [part for part in PARTS if ids[part] == _OPEN]
+    if len(opened) > 1:
+        return f"{' and '.join(opened)} are open; expected two of head, relation, tail, or all three"
     for part in PARTS:
-        if not opened[part] and values[part] in errors[part]:
-            return errors[part][values[part]]
-    asked = open_parts or [part for part in ("tail", "head") if part not in words.tasks]
+        if ids[part] == _UNKNOWN:
+            try:
+                words.of(part).find(part, values[part])
+            except QueryError as error:
+                return str(error)
+    asked = opened or [part for part in ("tail", "head") if part not in words.tasks]
     return f"this model cannot tell the {asked[0]}, it answers {' and '.join(words.tasks)} queries"
-

@@ -87,17 +87,21 @@ class Names:
         """The row of dense id ``index``."""
         return Named(index, self._ids[index], self._names[index])
 
-    def find(self, field: str, value: str) -> Named:
-        """The row whose external id, else whose unique name, is ``value``; QueryError otherwise."""
+    def index_of(self, value: str) -> int | None:
+        """Dense id of the row whose external id, else whose unique name, is ``value``; None where there is none."""
         index = self._by_id.get(value)
+        if index is None and value not in self._shared:
+            index = self._by_name.get(value)
+        return index
+
+    def find(self, field: str, value: str) -> Named:
+        """The row of :meth:`index_of`; QueryError that says what is wrong with ``value`` where there is none."""
+        index = self.index_of(value)
         if index is not None:
             return self.row(index)
         shared = self._shared.get(value)
         if shared is not None:
             raise self._ambiguous(field, value, [self._ids[i] for i in shared])
-        index = self._by_name.get(value)
-        if index is not None:
-            return self.row(index)
         near = self.near(value)
         hint = f"; did you mean {', '.join(map(repr, near))}?" if near else ""
         shown = value if len(value) <= 100 else value[:100] + "..."

@@ -130,6 +130,16 @@ def test_rows_that_cannot_be_answered_are_told(tmp_path: Path) -> None:
     assert "head and relation and tail are open" in reasons[6]
 
 
+def test_of_many_bad_rows_all_are_counted_and_the_first_kept(tmp_path: Path) -> None:
+    path = tmp_path / "bad.tsv"
+    path.write_text("".join(f"x{i}\tr0\t?\n" for i in range(50)) + "e0\tr0\t?\ne0\n")
+    _, (told,) = read(tmp_path, PredictConfig(queries=str(path), on_bad_row="skip", max_bad_rows=4))
+    assert told.bad.count == 51
+    assert [row.line for row in told.bad.rows] == [1, 2, 3, 4, 5]
+    _, (told,) = read(tmp_path, PredictConfig(queries=str(path)))
+    assert told.bad.count == 51 and [row.line for row in told.bad.rows] == [1]
+
+
 def test_what_the_model_cannot_tell_is_a_bad_row(tmp_path: Path) -> None:
     path = tmp_path / "relation.tsv"
     path.write_text("e0\tr0\t?\ne0\t?\te1\ne0\tr0\te1\n")
