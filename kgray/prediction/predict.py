@@ -161,8 +161,7 @@ def _answer(task: PredictTask, shards: Sequence[Shard], workers: int) -> dict[Sh
     """All shards answered; says how far it is."""
     from kgray.prediction.answering import Predictions  # torch, which a look at the recipe does without
 
-    filesystem, path = resolve(task.out.uri)
-    done = finished(task.out, shards, list_files(filesystem, path))
+    done = _answered_before(task.out, shards)
     total = sum(shard.rows for shard in shards)
     before = finished_rows = sum(one.queries for one in done.values())
     if done:
@@ -179,6 +178,11 @@ def _answer(task: PredictTask, shards: Sequence[Shard], workers: int) -> dict[Sh
                 left = (total - finished_rows) / rate
                 log.info("predict: %d of %d queries, %.0f a second, %.0f s left", finished_rows, total, rate, left)
     return done
+
+
+def _answered_before(out: Draft, shards: Sequence[Shard]) -> dict[Shard, ShardDone]:
+    filesystem, path = resolve(out.uri)
+    return finished(out, shards, list_files(filesystem, path))
 
 
 def _publish(draft: Draft, out: Draft, files: Sequence[str]) -> None:

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 from evaluation_artifacts import graph_artifact, model_artifact, random_splits
 from test_ensemble_artifact import build
+from test_predict_shards import by_query, same_as_served, write_queries
 
 from kgray.artifact import Artifact, Store
 from kgray.data.inputs import Sizes
@@ -30,10 +31,10 @@ from kgray.errors import ClusterError, ConfigError, DataError, NonFiniteError
 from kgray.lineage.chain import trace
 from kgray.model.bundle import Bundle
 from kgray.prediction.config import PredictConfig
-from kgray.prediction.output import ANSWERS, check_output, write_output
+from kgray.prediction.output import ANSWERS
 from kgray.prediction.pool import ATTEMPTS, Pool
 from kgray.prediction.predict import predict, predict_recipe, scratch_name
-from kgray.serving.predictor import Predictor, Query, Ranking, ScoredTriple, Triple
+from kgray.serving.predictor import Predictor
 
 REPO = Path(__file__).resolve().parents[2]
 N, R = 150, 4
@@ -48,87 +49,28 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, Artifact, Art
     return store, graph, build(store, graph, members)
 
 
-def write_queries(path: Path, count: int) -> Path:
-    """Rows that ask for each part in turn, and whole triples; each of them twice."""
-    lines = []
-    for i in np.arange(count) // 2:
-        part = [f"e{i * 7 % 50}", f"_relation_{i % R}", f"e{i * 3 % 60}"]
-        if i % 4 < 3:
-            part[i % 4] = "?"
-        lines.append("\t".join(part) + "\n")
-    path.write_text("".join(lines))
-    return path
-
-
 def run(store: Store, config: PredictConfig, model: Artifact, sizes: Sizes | None = None) -> Artifact:
     recipe = predict_recipe(store, config, model)
     return store.build(recipe, lambda draft: predict(draft, store, config, model, sizes)).artifact
 
 
-def by_query(artifact: Artifact) -> dict[int, list[dict[str, object]]]:
-    found: dict[int, list[dict[str, object]]] = {}
-    for row in artifact.read_table(ANSWERS).to_pylist():
-        found.setdefault(row["query"], []).append(row)
-    return found
-
-
-def same_as_served(predictor: Predictor, rows: list[dict[str, object]], config: PredictConfig) -> None:
-    """The rows of one query against the service's class, one query at a time."""
-    first = rows[0]
-    parts = {part: first[part] for part in ("head", "relation", "tail")}
-    if first["asked"] == "triple":
-        (scored,) = predictor.score([Triple(**parts)])  # type: ignore[arg-type]
-        assert isinstance(scored, ScoredTriple) and len(rows) == 1
-        assert first["score"] == pytest.approx(scored.score, rel=1e-4, abs=1e-5) and first["known"] == scored.known
-        assert first["probability"] == pytest.approx(
-            (first["tail_probability"] + first["head_probability"]) / 2  # type: ignore[operator]
-        )
-        return
-    assert parts[str(first["asked"])] is None
-    query = Query(**parts, top_k=config.top_k, filter_known=config.filter_known)  # type: ignore[arg-type]
-    (answer,) = predictor.predict([query])
-    assert isinstance(answer, Ranking) and answer.answer_set is not None
-    assert [row["rank"] for row in rows] == list(range(1, len(answer.predictions) + 1))
-    for row, one in zip(rows, answer.predictions, strict=True):
-        assert (row["answer"], row["answer_name"], row["known"]) == (one.id, one.name, one.known)
-        assert row["score"] == pytest.approx(one.score, rel=1e-4, abs=1e-5)
-        assert row["probability"] == pytest.approx(one.probability, rel=1e-4)
-        assert row["in_set"] == one.in_set and row["set_size"] == answer.answer_set.size
-
-
-@pytest.mark.parametrize("filter_known", [False, True])
-def test_answers_are_those_of_the_service(
-    made: tuple[Store, Artifact, Artifact], ray_cluster: object, tmp_path: Path, filter_known: bool
+def test_predictions_are_published_with_their_chain_and_cleaned_up(
+    made: tuple[Store, Artifact, Artifact], ray_cluster: object, tmp_path: Path
 ) -> None:
     store, _, model = made
     path = write_queries(tmp_path / "queries.tsv", 240)
-    config = PredictConfig(queries=str(path), top_k=6, filter_known=filter_known, shard_rows=50, workers=2)
-    artifact = run(store, config, model, Sizes(chunk_bytes=1500, task_bytes=1500))
+    config = PredictConfig(queries=str(path), top_k=6, shard_rows=50, workers=2)
+    artifact = run(store, config, model)
     counts = artifact.counts
     assert counts["queries"] == 240 and counts["asked_triple"] == 60 and counts["quarantined"] == 0
-    assert counts["scored"] < 240, "the same query was scored twice within a shard"
+    assert counts["shards"] == 5 == len(artifact.parquet_files(ANSWERS))
     found, predictor = by_query(artifact), Predictor(Bundle.load(model))
     assert sorted(found) == list(range(240))
-    for number, rows in found.items():
-        assert {row["line"] for row in rows} == {number + 1} and rows[0]["file"] == str(path)
-        same_as_served(predictor, rows, config)
-
-    # Where they came from: the model, its graph, and the queries.
+    for number in range(0, 240, 7):
+        same_as_served(predictor, found[number], config)
     chain = trace(artifact.version, [store])
     assert {node.kind for node in chain.walk()} == {"predictions", "model", "graph", "file"}
     assert [node.uri for node in chain.files()] == [str(path)]
-    schema = pq.read_schema(artifact.local_path(artifact.parquet_files(ANSWERS)[0]))
-    assert schema.metadata[b"kgray.model"].decode() == model.version
-
-    # One file of them all, once.
-    output = tmp_path / "answers.parquet"
-    check_output(str(output))
-    assert write_output(artifact, str(output)) and not write_output(artifact, str(output))
-    assert pq.read_table(output).equals(artifact.read_table(ANSWERS))
-    assert [p.name for p in tmp_path.iterdir() if "partial" in p.name] == []
-    check_output(str(output))
-    with pytest.raises(ConfigError, match="something else"):
-        check_output(str(path))
 
 
 def test_the_same_answers_whatever_the_workers_and_the_memory(
@@ -265,13 +207,6 @@ def test_a_score_that_is_no_number_is_an_error_that_names_the_query(
     path.write_text("e3\t_relation_0\t?\n")
     with pytest.raises(NonFiniteError, match=r"for \(e3, _relation_0, \?\)"):
         run(store, PredictConfig(queries=str(path)), sick)
-
-
-def test_a_place_where_nothing_can_be_written_is_told_at_once(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"predict\.output.*there is no"):
-        check_output(str(tmp_path / "no" / "answers.parquet"))
-    with pytest.raises(ConfigError, match="this is a folder"):
-        check_output(str(tmp_path))
 
 
 CONFIG = """
