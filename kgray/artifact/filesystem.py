@@ -198,6 +198,19 @@ def write_bytes(filesystem: Any, path: str, data: bytes) -> None:
         stream.write(data)
 
 
+def copy_file(filesystem: Any, source: str, target: str) -> None:
+    """A second file of the same bytes, which nobody may change afterwards: on a local disk another name for them, on
+    object storage copied where they lie."""
+    make_parent(filesystem, target)
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        try:
+            os.link(source, target)
+        except OSError:  # a file system without links, or two of them
+            shutil.copyfile(source, target)
+        return
+    filesystem.copy_file(source, target)
+
+
 def delete_folder(filesystem: Any, path: str) -> None:
     """Removes a folder and all in it; not an error when it is gone already."""
     if isinstance(filesystem, pafs.LocalFileSystem):

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal, Protocol
 
-from kgray.data.config import DataConfig
 from kgray.errors import DataError
 
 TEXT_LIMIT = 500
 """Characters of a bad row that are kept for the quarantine file."""
+
+
+class Policy(Protocol):
+    """What is done about bad rows; a section of the configuration that reads rows has these options."""
+
+    @property
+    def on_bad_row(self) -> Literal["fail", "skip"]: ...
+    @property
+    def max_bad_rows(self) -> int: ...
 
 
 @dataclass(frozen=True, order=True)
@@ -47,9 +56,9 @@ class BadRows:
         self.count += other.count
 
 
-def kept_details(data: DataConfig) -> int:
+def kept_details(policy: Policy) -> int:
     """How many bad rows a task describes in full."""
-    return data.max_bad_rows + 1 if data.on_bad_row == "skip" else 1
+    return policy.max_bad_rows + 1 if policy.on_bad_row == "skip" else 1
 
 
 def merge(parts: Iterable[BadRows], limit: int) -> BadRows:
@@ -60,14 +69,16 @@ def merge(parts: Iterable[BadRows], limit: int) -> BadRows:
     return merged
 
 
-def judge(bad: BadRows, data: DataConfig, paths: Sequence[str]) -> None:
-    """Let the policy decide. Raises DataError naming file and line of the first bad row and how many more."""
+def judge(bad: BadRows, policy: Policy, paths: Sequence[str], section: str = "data") -> None:
+    """Let the policy decide, which is configured in ``section``. Raises DataError naming file and line of the first bad
+    row and how many more."""
     if not bad.count:
         return
     first = bad.rows[0]
     more = f"; and {bad.count - 1} more bad row{'s' * (bad.count != 2)}" if bad.count > 1 else ""
     told = f"{paths[first.source]}, line {first.line}: {first.reason}{more}"
-    if data.on_bad_row == "fail":
-        raise DataError(f"{told} (data.on_bad_row=skip sets bad rows aside)")
-    if bad.count > data.max_bad_rows:
-        raise DataError(f"{bad.count} bad rows, more than data.max_bad_rows={data.max_bad_rows}; the first: {told}")
+    if policy.on_bad_row == "fail":
+        raise DataError(f"{told} ({section}.on_bad_row=skip sets bad rows aside)")
+    if bad.count > policy.max_bad_rows:
+        limit = f"{section}.max_bad_rows={policy.max_bad_rows}"
+        raise DataError(f"{bad.count} bad rows, more than {limit}; the first: {told}")

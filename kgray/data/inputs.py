@@ -111,11 +111,16 @@ class Plan:
         return min(256, max(1, -(-self.text_bytes // sizes.bucket_bytes)))
 
 
-def plan_reading(files: Sequence[InputFile], header: bool, shape: Shape, hint: str, sizes: Sizes) -> Plan:
-    """Cut files and group the pieces, in file order. Raises DataError: empty files, missing columns."""
+def plan_reading(
+    files: Sequence[InputFile], header: bool | Callable[[InputFile], bool], shape: Shape, hint: str, sizes: Sizes
+) -> Plan:
+    """Cut files and group the pieces, in file order. header: whether a TSV or CSV file begins with column names.
+
+    Raises DataError: empty files, missing columns.
+    """
     chunks: list[Chunk] = []
     for file in files:
-        cut = cut_file(file, header, sizes.chunk_bytes)
+        cut = cut_file(file, header(file) if callable(header) else header, sizes.chunk_bytes)
         if cut[0].header:
             check_columns(cut[0], shape, hint)
         elif file.format in ("tsv", "csv"):

@@ -103,8 +103,20 @@ class Rows:
     def threshold(self) -> Floats:
         return (self.log_threshold + self.log_sum) / self.task.inverse_temperature
 
-    def probability(self, row: int, scores: npt.NDArray[Any], known: npt.NDArray[np.bool_]) -> Floats:
-        """(K,) calibrated probabilities of candidates of one query. known (K,): left out of the sum until now."""
+    def reaching(self) -> npt.NDArray[np.float32]:
+        """(B,) the least float32 that reaches the threshold: with it float32 scores compare exactly."""
+        with np.errstate(over="ignore"):
+            single = self.threshold.astype(np.float32)
+        found: npt.NDArray[np.float32] = np.where(
+            single < self.threshold, np.nextafter(single, np.float32(np.inf)), single
+        )
+        return found
+
+    def probability(self, row: int | Ints, scores: npt.NDArray[Any], known: npt.NDArray[np.bool_]) -> Floats:
+        """(K,) calibrated probabilities of candidates of one query. known (K,): left out of the sum until now.
+
+        row: the query, or of several one a candidate, in any shape that goes with that of scores.
+        """
         log_p = self._log_softmax(row, scores, known)
         p = np.exp(np.minimum(log_p, 0.0))
         leading = np.asarray(scores, dtype=np.float64) >= self.best[row]
@@ -113,21 +125,23 @@ class Rows:
         others = np.minimum(self.task.others(p), self.task.first(_best_probability(self, row)))
         return np.where(leading, top, others)
 
-    def contains(self, row: int, scores: npt.NDArray[Any], known: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-        """(K,) whether candidates are in the answer set; a known one as if it were not known."""
+    def contains(
+        self, row: int | Ints, scores: npt.NDArray[Any], known: npt.NDArray[np.bool_]
+    ) -> npt.NDArray[np.bool_]:
+        """(K,) whether candidates are in the answer set; a known one as if it were not known. row: as above."""
         inside: npt.NDArray[np.bool_] = np.asarray(scores, dtype=np.float64) >= self.threshold[row]
         if np.any(known):
             inside = np.where(known, self._log_softmax(row, scores, known) >= self.log_threshold[row], inside)
         return inside
 
-    def _log_softmax(self, row: int, scores: npt.NDArray[Any], known: npt.NDArray[np.bool_]) -> Floats:
+    def _log_softmax(self, row: int | Ints, scores: npt.NDArray[Any], known: npt.NDArray[np.bool_]) -> Floats:
         own = np.asarray(scores, dtype=np.float64) * self.task.inverse_temperature
         total = np.where(known, np.logaddexp(self.log_sum[row], own), self.log_sum[row])
         found: Floats = own - total
         return found
 
 
-def _best_probability(rows: Rows, row: int) -> Floats:
+def _best_probability(rows: Rows, row: int | Ints) -> Floats:
     log_p = rows.best[row] * rows.task.inverse_temperature - rows.log_sum[row]
     found: Floats = np.exp(np.minimum(np.asarray(log_p), 0.0))
     return found

@@ -82,8 +82,15 @@ class EvaluateConfig:
     )
     batch_size: int | None = option(None, "Queries scored at once. Null: as many as score_memory_mb holds.")
     score_memory_mb: int = option(64, "MiB of float32 scores a worker holds at once.")
+    ranged: bool = option(
+        False,
+        "Whether, where score_memory_mb does not hold 16 rows of all entities, candidates are scored in ranges and "
+        "merged exactly. Members of an ensemble are then measured on relation queries alone.",
+    )
 
     def __post_init__(self) -> None:
+        if self.ranged and self.link_negatives:
+            raise ConfigError("ranged", True, "false where links are held against pairs without one (link_negatives)")
         if not self.tasks or len(set(self.tasks)) != len(self.tasks):
             raise ConfigError("tasks", list(self.tasks), "at least one of tail, head, relation, each once")
         for key in ("workers", "batch_size"):

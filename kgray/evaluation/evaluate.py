@@ -47,6 +47,8 @@ def evaluate_recipe(
             "ranks": config.ranks,
             "ablations": list(ablations or {}),
             **({"link_negatives": config.link_negatives} if config.link_negatives else {}),
+            # Members' metrics depend on whether rows were held whole.
+            **({"ranged": config.score_memory_mb} if config.ranged else {}),
         },
     )
 

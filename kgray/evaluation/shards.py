@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,11 +16,14 @@ import pyarrow.parquet as pq
 
 from kgray.artifact import Artifact, Draft
 from kgray.errors import ArtifactError, DataError
+from kgray.evaluation.answers import Task
 from kgray.evaluation.baselines import BASELINES
 from kgray.evaluation.config import EvaluateConfig
 from kgray.evaluation.counts import Counts, Strata
 from kgray.evaluation.links import LinkScores, adjacency
 from kgray.evaluation.members import LinkWatch, Watch
+from kgray.evaluation.ranged import RangedAnswerer, sizes
+from kgray.evaluation.ranged_ranking import rank_ranged
 from kgray.evaluation.ranking import Ranks, Scorer, filter_splits, rank_triples
 from kgray.evaluation.reliability import Reliability, merge
 from kgray.graph.filter_index import FilterIndex
@@ -229,19 +232,50 @@ def measure(
             if writer is not None:
                 writer.add(ranks)
 
-        triples = read_triples(graph, pieces)
-        # The rows of every member are held beside those that are ranked.
-        common["score_budget"] //= 1 + len(watch.members)
-        counts = rank_triples(
-            watch.scorer, triples, known, tasks=asked, on_ranks=keep, on_scores=watch.see, **common
-        )
+        counts = _rank_model(config, watch, known, partial(read_triples, graph, pieces), asked, keep)
         if writer is not None:
             writer.flush()
     scores = {} if links is None else links.scores
     return Measured(counts, baselines, histogram, watch.members, watch.reliability, scores)
 
 
-def tasks_of(config: EvaluateConfig, bundle: Bundle) -> tuple[str, ...]:
+def _rank_model(
+    config: EvaluateConfig,
+    watch: Watch,
+    known: FilterIndex,
+    triples: Callable[[], Iterator[npt.NDArray[np.int64]]],
+    asked: tuple[Task, ...],
+    keep: Callable[[Ranks], None],
+) -> Counts:
+    """The model's ranks of one shard, by whole rows or, where these are too much, by ranges of candidates."""
+    bundle, budget = watch.bundle, config.score_memory_mb << 18  # four bytes a score
+    whole: Callable[..., Counts] = partial(
+        rank_triples,
+        watch.scorer,
+        known=known,
+        split=config.split,
+        train=watch.strata,
+        batch_size=config.batch_size,
+        # The rows of every member are held beside those that are ranked.
+        score_budget=budget // (1 + len(watch.members)),
+        on_ranks=keep,
+        on_scores=watch.see,
+    )
+    ranges = sizes(bundle.scorer, bundle.num_entities, budget) if config.ranged else None
+    if ranges is None:
+        return whole(triples(), tasks=asked)
+    counts = rank_ranged(
+        *(RangedAnswerer(bundle, bundle.scorer, *ranges), triples(), known),
+        split=config.split,
+        train=watch.strata,
+        tasks=[task for task in asked if task != "relation"],
+        on_ranks=keep,
+        reliability=watch.reliability,
+    )
+    return counts + whole(triples(), tasks=("relation",)) if "relation" in asked else counts
+
+
+def tasks_of(config: EvaluateConfig, bundle: Bundle) -> tuple[Task, ...]:
     """What is asked of the model: the tasks of the configuration that it can do; ArtifactError where it can do none."""
     tasks = tuple(task for task in config.tasks if task in bundle.tasks)
     if not tasks:

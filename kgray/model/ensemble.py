@@ -84,17 +84,29 @@ class EnsembleScorer:
 
         first, second (B,): the given parts in the order head, relation, tail.
         """
-        gate = self._gate(task)
-        looked = self.reranker is not None and task != "relation"
-        names = gate.members if everyone or looked or gate.features is not None else gate.used(task)
+        names = self.gate(task).members if everyone else self.asked(task)
         return {name: score(self.members[name], task, first, second) for name in names}
+
+    def asked(self, task: str) -> tuple[str, ...]:
+        """The members whose scores an answer needs."""
+        gate = self.gate(task)
+        return gate.members if self.looks_again(task) or gate.features is not None else gate.used(task)
+
+    def looks_again(self, task: str) -> bool:
+        """Whether the best candidates of a first ranking are scored again."""
+        return self.reranker is not None and task != "relation"
 
     def weights(self, task: str, first: Tensor, second: Tensor, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """(B,) by member with a say: what its raw score is multiplied by. rows: from :meth:`rows`."""
-        gate = self._gate(task)
+        gate = self.gate(task)
         features = None
         if gate.features is not None:
             features = torch.stack([row_features(rows[name]) for name in gate.members], dim=1)
+        return self.weigh(task, first, second, features)
+
+    def weigh(self, task: str, first: Tensor, second: Tensor, features: Tensor | None) -> dict[str, Tensor]:
+        """:meth:`weights` from the features (B, M, 3) of the rows of the gate's members, None where it reads none."""
+        gate = self.gate(task)
         side = torch.full((len(first),), SIDES.index(task))
         levels, directions = self.facts.levels(task, first, second), self.facts.directions(task, first, second)
         weights = gate.weights(Queries(side, levels, directions, features))
@@ -145,14 +157,15 @@ class EnsembleScorer:
 
     def _score(self, task: str, first: Tensor, second: Tensor) -> Tensor:
         width = self.num_relations if task == "relation" else self.num_entities
-        step = max(1, _CELLS // (max(width, 1) * len(self._gate(task).members)))
+        step = max(1, _CELLS // (max(width, 1) * len(self.gate(task).members)))
         out = torch.empty(len(first), width)
         for start in range(0, len(first), step):
             part = first[start : start + step], second[start : start + step]
             out[start : start + step] = self.finish(task, *part, self.rows(task, *part))
         return out
 
-    def _gate(self, task: str) -> Gate:
+    def gate(self, task: str) -> Gate:
+        """How members are weighed at a task; ValueError where none can do it."""
         if task not in self.tasks:
             raise ValueError(f"no member of this ensemble answers {task} queries")
         return self.gates[part_of(task)]

@@ -118,8 +118,16 @@ class Reranker:
         self, task: str, first: Tensor, second: Tensor, scores: Tensor, rows: Mapping[str, Tensor], picked: Picked
     ) -> Tensor:
         """(B, K, F) standardised features of the picked candidates. scores, rows: (B, N) of all candidates."""
-        own = [scores, *(rows[name] * self.scale[0 if task == "tail" else 1, m] for m, name in enumerate(self.members))]
-        gathered = torch.stack([row.gather(1, picked.ids) for row in own], dim=-1).float()
+        own = {name: rows[name].gather(1, picked.ids) for name in self.members}
+        return self.look_at(task, first, second, scores.gather(1, picked.ids), own, picked)
+
+    def look_at(
+        self, task: str, first: Tensor, second: Tensor, scores: Tensor, own: Mapping[str, Tensor], picked: Picked
+    ) -> Tensor:
+        """:meth:`look` from the scores (B, K) of the picked candidates alone, the first ranking's and each member's."""
+        side = 0 if task == "tail" else 1
+        scaled = [own[name] * self.scale[side, m] for m, name in enumerate(self.members)]
+        gathered = torch.stack([scores, *scaled], dim=-1).float()
         anchors, relations = (first, second) if task == "tail" else (second, first)
         pairs = self.features(anchors.numpy(), relations.numpy(), picked.ids.numpy(), tails=task == "tail")
         x = torch.cat([gaps(gathered, picked.valid, picked.new), torch.from_numpy(pairs)], dim=-1)
@@ -132,9 +140,13 @@ class Reranker:
         tail, scores those of the first ranking and rows those of each member."""
         picked = self.pick(task, first, second, scores)
         x = self.look(task, first, second, scores, rows, picked)
+        return place(scores, picked, self.again(task, first, second, x))
+
+    def again(self, task: str, first: Tensor, second: Tensor, x: Tensor) -> Tensor:
+        """(B, K) scores of the second look from the features of :meth:`look`."""
         with torch.no_grad():
-            again = self.model(x, self._directions(task, first, second))
-        return place(scores, picked, again)
+            scores: Tensor = self.model(x, self._directions(task, first, second))
+        return scores
 
     def addends(
         self, task: str, first: Tensor, second: Tensor, scores: Tensor, rows: Mapping[str, Tensor], picked: Picked
@@ -185,13 +197,18 @@ def place(scores: Tensor, picked: Picked, again: Tensor) -> Tensor:
     chosen = torch.zeros(scores.shape, dtype=torch.bool)
     rows = torch.arange(len(scores))[:, None].expand_as(picked.ids)
     chosen[rows[picked.valid], picked.ids[picked.valid]] = True
-    lowest = again.masked_fill(~picked.new, torch.inf).amin(1)
-    highest = scores.masked_fill(chosen, -torch.inf).amax(1)
-    both = torch.isfinite(lowest) & torch.isfinite(highest)
-    shift = torch.where(both, lowest - highest - _GAP, torch.zeros_like(lowest))
-    out = scores + shift[:, None]
-    # A shifted score may round up to the lowest one.
-    out = torch.minimum(out, torch.where(torch.isfinite(lowest), lowest - _GAP / 2, torch.inf)[:, None])
+    shift, cap = below(again, picked, scores.masked_fill(chosen, -torch.inf).amax(1))
+    out = torch.minimum(scores + shift[:, None], cap[:, None])
     out[rows[picked.valid], picked.ids[picked.valid]] = again[picked.valid]
     return out
+
+
+def below(again: Tensor, picked: Picked, highest: Tensor) -> tuple[Tensor, Tensor]:
+    """How candidates that were not picked are moved below the new ones that were: what is added to their scores, and
+    what these are at most, (B,) each. highest (B,): of their scores, -inf where there are none."""
+    lowest = again.masked_fill(~picked.new, torch.inf).amin(1)
+    both = torch.isfinite(lowest) & torch.isfinite(highest)
+    shift = torch.where(both, lowest - highest - _GAP, torch.zeros_like(lowest))
+    # A shifted score may round up to the lowest one.
+    return shift, torch.where(torch.isfinite(lowest), lowest - _GAP / 2, torch.inf)
 

@@ -88,6 +88,13 @@ class StateScorer:
         """(B,) int64 x 2 -> (B, N)."""
         return self.score_tails(tails, relations + self.num_relations)
 
+    def score_range(self, task: str, first: Tensor, second: Tensor, start: int, stop: int) -> Tensor:
+        """(B, stop - start) scores of the entities from ``start`` to ``stop`` as the missing ``tail`` or ``head``; of
+        no other entity's candidate state a page is read. first, second (B,): the given parts in the order head,
+        relation, tail."""
+        heads, relations = (first, second) if task == "tail" else (second, first + self.num_relations)
+        return self.state_scores(self.heads[heads], self.relations[relations], self.tails[start:stop])
+
     def score_relations(self, heads: Tensor, tails: Tensor) -> Tensor:
         """(B,) int64 x 2 -> (B, R); raises ValueError where "relation" is not among the tasks."""
         r = self.num_relations

@@ -34,6 +34,7 @@ JOBS = {
     "train": "graph and vectors -> model",
     "evaluate": "model and graph -> report",
     "explain": "model and a query -> the reasons of its answers",
+    "predict": "model and files of queries -> answers in Parquet",
     "deploy": "model -> HTTP service",
     "pipeline": "all of it, each step where it is not up to date",
 }
@@ -80,7 +81,7 @@ def run_job(job: str, options: argparse.Namespace) -> dict[str, Any]:
     from kgray.config import load_config, show_config
     from kgray.pipeline.settings import Settings
 
-    settings = load_config(Settings, options.config, options.overrides)
+    settings = load_config(Settings, options.config, [*options.overrides, *_flags(options)])
     if options.show_config:
         print(show_config(settings), end="", flush=True)
         return {"_said": True}  # nothing was done, and what was printed can be saved as a YAML file
@@ -93,11 +94,22 @@ def execute(job: str, settings: Settings, config_name: str, *, keep_serving: boo
     """Run a job of :data:`JOBS`; with ``keep_serving`` returns when the process is asked to end."""
     from kgray.pipeline import deployment, results, steps
     from kgray.pipeline.plan import Work, needed
+    from kgray.prediction.output import check_output, write_output
+    from kgray.prediction.queries import check_queries
 
     begin = time.monotonic()
+    targets = steps.targets_of(job, settings)
+    output = None
+    if steps.PREDICT in targets:
+        output = settings.predict.output
+        check_queries(settings.predict)  # what is wrong there must not be told after hours of training
+        if output is not None:
+            check_output(output)
     with Work(settings, f"{job} {config_name}") as work:
-        for step in needed(steps.steps_of(settings), steps.targets_of(job, settings)):
+        for step in needed(steps.steps_of(settings), targets):
             work.run(step)
+        if output is not None:
+            write_output(work.artifacts[steps.PREDICT], output)
         url = None
         if job in ("deploy", "pipeline"):
             url = deployment.deploy_step(work, keep_serving=keep_serving)
@@ -105,7 +117,7 @@ def execute(job: str, settings: Settings, config_name: str, *, keep_serving: boo
         text = results.summary(job, work)
         if text:
             print(text, flush=True)
-        result = results.result(job, work) | {"url": url}
+        result = results.result(job, work) | {"url": url, "output": output}
         if keep_serving:
             # Whoever reads stdout learns now that the service is up; this line stays the last.
             _say({"job": job} | result | {"seconds": round(time.monotonic() - begin, 2)})
@@ -143,11 +155,21 @@ def parser_of(job: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--show-config", action="store_true", help="print the whole configuration, described, and do nothing"
     )
+    if job == "predict":
+        said = "a file or glob of queries, for predict.queries; may be given several times"
+        parser.add_argument("--queries", metavar="FILE", action="append", help=said)
+        parser.add_argument("--output", metavar="FILE", help="one Parquet file of all answers, for predict.output")
     if job in ("deploy", "pipeline"):
         parser.add_argument(
             "--keep-serving", action="store_true", help="stay in the foreground and answer until Ctrl-C"
         )
     return parser
+
+
+def _flags(options: argparse.Namespace) -> list[str]:
+    """The flags of predict as the overrides they stand for."""
+    given = {f"predict.{name}": getattr(options, name, None) for name in ("queries", "output")}
+    return [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
 
 
 class Parser(argparse.ArgumentParser):

@@ -17,6 +17,7 @@ _TARGET = {
     "train": "train",
     "evaluate": "evaluate",
     "explain": "ensemble",
+    "predict": "predict",
     "deploy": "deploy",
     "pipeline": "ensemble",  # its version is the one that answers carry
 }

@@ -14,6 +14,7 @@ from kgray.lineage.config import LineageConfig
 from kgray.model.config import Ablation, ModelConfig, ablation
 from kgray.model.paths_config import PathsConfig
 from kgray.model.relations_config import RelationsConfig
+from kgray.prediction.config import PredictConfig
 from kgray.reasoning.config import RulesConfig
 from kgray.runtime import RayConfig
 from kgray.serving.config import ServeConfig
@@ -123,6 +124,7 @@ class Settings:
     ensemble: EnsembleConfig = option(EnsembleConfig, "How models are mixed, and their scores calibrated.")
     evaluate: EvaluateConfig = option(EvaluateConfig, "How it is measured.")
     serve: ServeConfig = option(ServeConfig, "The HTTP service.")
+    predict: PredictConfig = option(PredictConfig, "Files of queries answered in a batch.")
     lineage: LineageConfig = option(LineageConfig, "Runs and models in MLflow.")
     ray: RayConfig = option(RayConfig, "The Ray cluster to start or to join.")
 

@@ -2,7 +2,7 @@
 
     input files -> graph (-> encoder) -> vectors -> model(s) -> ensemble -> report
                          \\----------/                     \\-> deployment
-    documents   -> corpus
+    documents   -> corpus                                    query files, ensemble -> predictions
 
 Every room is imported when its step is looked at, so that an up-to-date pipeline loads neither torch nor a
 model.
@@ -37,7 +37,10 @@ ABLATIONS: tuple[Ablation, ...] = ("text_only", "graph_only")
 """Variants trained and measured beside the model when ``evaluate.ablations`` is on."""
 
 ENSEMBLE = "ensemble"
-"""The step whose model is ranked, registered and served."""
+"""The step whose model is ranked, registered, served and asked in batches."""
+
+PREDICT = "predict"
+"""The step that answers files of queries, where there are some."""
 
 
 def steps_of(settings: Settings) -> list[Step]:
@@ -84,7 +87,10 @@ def steps_of(settings: Settings) -> list[Step]:
             _register,
         )
     )
-    return [*steps, _evaluate_step(ENSEMBLE, "", measured)]
+    steps.append(_evaluate_step(ENSEMBLE, "", measured))
+    if settings.predict.queries is not None:
+        steps.append(Step(PREDICT, (ENSEMBLE,), _predict_recipe, _predict, ("predict",), _predicted))
+    return steps
 
 
 def _text_steps(text: TextConfig) -> list[Step]:
@@ -129,7 +135,8 @@ def ablations_of(settings: Settings) -> tuple[Ablation, ...]:
 def targets_of(job: str, settings: Settings) -> list[str]:
     """The steps a job is asked for; what they need comes by itself.
 
-    Raises ConfigError for embed and pretrain where there is no text, for pretrain where nothing is tuned.
+    Raises ConfigError for embed and pretrain where there is no text, for pretrain where nothing is tuned, for predict
+    where there are no queries.
     """
     names = [step.name for step in steps_of(settings)]
     if job == "pipeline":
@@ -142,6 +149,9 @@ def targets_of(job: str, settings: Settings) -> list[str]:
         raise ConfigError("text", None, f"a section, as there is nothing to {job} without one")
     if job == "pretrain" and job not in names:
         raise ConfigError("text.tuning", None, "a section, such as {mode: last_layers}: how the encoder is trained")
+    if job == PREDICT and job not in names:
+        expected = "files of queries: --queries queries.tsv, or predict.queries=queries.tsv"
+        raise ConfigError("predict.queries", None, expected)
     return [{"explain": ENSEMBLE, "deploy": ENSEMBLE}.get(job, job)]
 
 
@@ -314,6 +324,25 @@ def _evaluate(
 
     model, graph = work.artifacts[ranked], work.artifacts["ingest"]
     return evaluate(draft, work.settings.evaluate, model, graph, _artifacts(work, reports))
+
+
+def _predict_recipe(work: Work) -> Recipe:
+    from kgray.prediction.predict import predict_recipe
+
+    return predict_recipe(work.store, work.settings.predict, work.artifacts[ENSEMBLE])
+
+
+def _predict(work: Work, draft: Draft, run: Run) -> Mapping[str, Any]:
+    from kgray.prediction.predict import predict
+
+    return predict(draft, work.store, work.settings.predict, work.artifacts[ENSEMBLE])
+
+
+def _predicted(work: Work, run: Run, predictions: Artifact) -> None:
+    """What let a broken run resume is not needed once the predictions are published."""
+    from kgray.prediction.predict import scratch_name
+
+    work.store.drop_scratch(scratch_name(predictions.version))
 
 
 def _artifacts(work: Work, steps: Mapping[str, str]) -> dict[str, Artifact]:

@@ -10,6 +10,7 @@ import difflib
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from kgray.errors import UserError
@@ -68,13 +69,16 @@ class Names:
             first = self._by_name.setdefault(name, index)
             if first != index:
                 self._shared.setdefault(name, [first]).append(index)
-        # One sorted list serves every suggestion; names that spell their id differently come a second time.
-        plain = [_plain(external) for external in ids]
-        keys = list(zip(plain, range(len(ids)), strict=True))
-        keys += [(key, i) for i, name in enumerate(names) if (key := _plain(name)) != plain[i]]
+
+    @cached_property
+    def _sorted(self) -> tuple[list[str], list[int]]:
+        """Keys and their rows, for suggestions; names that spell their id differently come a second time. Made when
+        something is not found, which most batches of queries never see."""
+        plain = [_plain(external) for external in self._ids]
+        keys = list(zip(plain, range(len(plain)), strict=True))
+        keys += [(key, i) for i, name in enumerate(self._names) if (key := _plain(name)) != plain[i]]
         keys.sort()
-        self._keys = [key for key, _ in keys]
-        self._rows = [index for _, index in keys]
+        return [key for key, _ in keys], [index for _, index in keys]
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -83,17 +87,21 @@ class Names:
         """The row of dense id ``index``."""
         return Named(index, self._ids[index], self._names[index])
 
-    def find(self, field: str, value: str) -> Named:
-        """The row whose external id, else whose unique name, is ``value``; QueryError otherwise."""
+    def index_of(self, value: str) -> int | None:
+        """Dense id of the row whose external id, else whose unique name, is ``value``; None where there is none."""
         index = self._by_id.get(value)
+        if index is None and value not in self._shared:
+            index = self._by_name.get(value)
+        return index
+
+    def find(self, field: str, value: str) -> Named:
+        """The row of :meth:`index_of`; QueryError that says what is wrong with ``value`` where there is none."""
+        index = self.index_of(value)
         if index is not None:
             return self.row(index)
         shared = self._shared.get(value)
         if shared is not None:
             raise self._ambiguous(field, value, [self._ids[i] for i in shared])
-        index = self._by_name.get(value)
-        if index is not None:
-            return self.row(index)
         near = self.near(value)
         hint = f"; did you mean {', '.join(map(repr, near))}?" if near else ""
         shown = value if len(value) <= 100 else value[:100] + "..."
@@ -102,16 +110,17 @@ class Names:
 
     def near(self, value: str, limit: int = 3) -> list[str]:
         """At most ``limit`` external ids that look like ``value``, best first."""
+        keys, rows = self._sorted
         plain = _plain(value[:200])
-        middle = bisect_left(self._keys, plain)
-        start = max(0, min(middle - _SCAN // 2, len(self._keys) - _SCAN))
-        window = self._keys[start : start + _SCAN]
+        middle = bisect_left(keys, plain)
+        start = max(0, min(middle - _SCAN // 2, len(keys) - _SCAN))
+        window = keys[start : start + _SCAN]
         # get_close_matches returns keys; a key may belong to several rows, all of which are worth naming.
         found: list[str] = []
         for key in difflib.get_close_matches(plain, dict.fromkeys(window), n=limit, cutoff=0.6):
-            place = bisect_left(self._keys, key)
-            while place < len(self._keys) and self._keys[place] == key and len(found) < limit:
-                external = self._ids[self._rows[place]]
+            place = bisect_left(keys, key)
+            while place < len(keys) and keys[place] == key and len(found) < limit:
+                external = self._ids[rows[place]]
                 if external not in found:
                     found.append(external)
                 place += 1

@@ -11,6 +11,7 @@ import numpy as np
 
 from kgray.artifact import Artifact
 from kgray.errors import ArtifactError, EncoderError, NonFiniteError
+from kgray.evaluation.answers import top_k
 from kgray.graph.neighbours import Int64
 from kgray.model.bundle import Bundle
 from kgray.model.ensemble import EnsembleScorer
@@ -18,7 +19,7 @@ from kgray.model.newcomer import NEW, Newcomer, Part, answers_given
 from kgray.model.newcomer_mix import NewAnswer, Newcomers, NoNewcomersError
 from kgray.model.states import StateScorer
 from kgray.serving.names import Named, Names, QueryError
-from kgray.serving.predictor import NewEntity, Prediction, Predictor, Query, Ranking, top_k
+from kgray.serving.predictor import NewEntity, Prediction, Predictor, Query, Ranking
 
 log = logging.getLogger(__name__)
 

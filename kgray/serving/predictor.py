@@ -12,19 +12,15 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from kgray.errors import NonFiniteError
-from kgray.evaluation.calibration import Calibration, Rows
+from kgray.evaluation.answers import Answerer, Answers
+from kgray.evaluation.calibration import Calibration
 from kgray.graph.filter_index import FilterIndex
 from kgray.serving.names import Field, Named, Names, QueryError
 
-Floats = npt.NDArray[np.float32]
 Missing = Literal["head", "relation", "tail"]
-
-_CELLS = 1 << 25
-"""Scores held at once (128 MiB of float32): a batch over a large graph is worked off in slices."""
 
 
 class Bundle(Protocol):
@@ -170,8 +166,11 @@ class Predictor:
         self.bundle = bundle
         self.new = new
         self.version = bundle.model_version
+        self._answerer = Answerer(bundle)
         self.entities = Names("entity", bundle.entity_ids, bundle.entity_names)
         self.relations = Names("relation", bundle.relation_ids, bundle.relation_names)
+        for names in (self.entities, self.relations):
+            names.near("")  # no request shall wait until suggestions are made ready
 
     def predict(self, queries: Sequence[Query]) -> list[Ranking | QueryError | NonFiniteError]:
         """Rank the missing part of each query.
@@ -203,13 +202,9 @@ class Predictor:
                 continue
             groups.setdefault(missing, []).append((place, query, parts))
         for missing, members in groups.items():
-            width = self.bundle.num_relations if missing == "relation" else self.bundle.num_entities
-            step = max(1, _CELLS // max(width, 1))
-            for start in range(0, len(members), step):
-                chunk = members[start : start + step]
-                ranked = self._rank(missing, [m[1] for m in chunk], [m[2] for m in chunk])
-                for (place, _, _), answer in zip(chunk, ranked, strict=True):
-                    answers[place] = answer
+            ranked = self._rank(missing, [m[1] for m in members], [m[2] for m in members])
+            for (place, _, _), answer in zip(members, ranked, strict=True):
+                answers[place] = answer
         return [answer for answer in answers if answer is not None]
 
     def score(self, triples: Sequence[Triple]) -> list[ScoredTriple | QueryError | NonFiniteError]:
@@ -232,7 +227,7 @@ class Predictor:
         if found:
             h, r, t = (_indices([parts[i] for parts in found]) for i in range(3))
             with torch.inference_mode():
-                scores = _floats(self.bundle.score_triples(h, r, t))
+                scores = self.bundle.score_triples(h, r, t).detach().to("cpu", torch.float32).numpy()
             known = self.bundle.known.contains(h, r, t)
             for place, (head, relation, tail), score, fact in zip(places, found, scores, known, strict=True):
                 answers[place] = (
@@ -273,87 +268,35 @@ class Predictor:
     def _rank(
         self, missing: Missing, queries: list[Query], parts: list[dict[str, Named]]
     ) -> list[Ranking | NonFiniteError]:
-        """Score one slice of queries that ask for the same part, and rank each row."""
+        """Rank queries that ask for the same part."""
         first, second = [name for name in ("head", "relation", "tail") if name != missing]
-        a, b = _indices([p[first] for p in parts]), _indices([p[second] for p in parts])
-        known = self.bundle.known
-        with torch.inference_mode():
-            if missing == "tail":
-                scores, (rows, values) = self.bundle.score_tails(a, b), known.tails(a, b)
-            elif missing == "head":
-                scores, (rows, values) = self.bundle.score_heads(a, b), known.heads(a, b)
-            else:
-                scores, (rows, values) = self.bundle.score_relations(a, b), known.relations(a, b)
-        matrix = _floats(scores)
-        answers: list[Ranking | NonFiniteError] = []
-        for i, (query, found) in enumerate(zip(queries, parts, strict=True)):
-            if not np.isfinite(matrix[i]).all():
-                answers.append(_not_finite(self.version, f"{found[first].id} {found[second].id}"))
-                continue
-            calibrated = self._calibrated(missing, found, matrix[i], values[rows == i])
-            answers.append(self._answer(missing, query, found, matrix[i], values[rows == i], calibrated))
-        return answers
+        found = self._answerer.complete(
+            missing,
+            _indices([p[first] for p in parts]),
+            _indices([p[second] for p in parts]),
+            np.array([query.top_k for query in queries], dtype=np.int64),
+            np.array([query.filter_known for query in queries], dtype=bool),
+        )
+        return [
+            self._answer(missing, named, found, row)
+            if found.finite[row]
+            else _not_finite(self.version, f"{named[first].id} {named[second].id}")
+            for row, named in enumerate(parts)
+        ]
 
-    def _answer(
-        self,
-        missing: Missing,
-        query: Query,
-        found: dict[str, Named],
-        scores: Floats,
-        known: npt.NDArray[np.int64],
-        calibrated: Rows | None,
-    ) -> Ranking:
+    def _answer(self, missing: Missing, named: dict[str, Named], found: Answers, row: int) -> Ranking:
         table = self.relations if missing == "relation" else self.entities
-        order = top_k(scores, query.top_k, without=known if query.filter_known else None)
-        facts = set() if query.filter_known else set(known.tolist())
-        of_known = np.isin(order, known)
-        probabilities: list[float | None] = [None] * len(order)
-        inside: list[bool | None] = [None] * len(order)
-        answer_set = None
-        if calibrated is not None and self.bundle.calibration is not None:
-            probabilities = [*calibrated.probability(0, scores[order], of_known).tolist()]
-            inside = [*calibrated.contains(0, scores[order], of_known).tolist()]
-            size = np.count_nonzero(scores >= calibrated.threshold[0])
-            size -= np.count_nonzero(scores[known] >= calibrated.threshold[0])
-            answer_set = AnswerSet(int(size), self.bundle.calibration.coverage)
+        calibration = self.bundle.calibration if found.calibrated[row] else None
         predictions = []
-        for place, index in enumerate(order.tolist()):
-            row, marks = table.row(index), (index in facts, probabilities[place], inside[place])
-            predictions.append(Prediction(place + 1, row.id, row.name, float(scores[index]), *marks))
-        parts = (found.get("head"), found.get("relation"), found.get("tail"))
+        for place in range(int(found.count[row])):
+            one = table.row(int(found.ids[row, place]))
+            score, known = float(found.scores[row, place]), bool(found.known[row, place])
+            probability = None if calibration is None else float(found.probability[row, place])
+            inside = None if calibration is None else bool(found.in_set[row, place])
+            predictions.append(Prediction(place + 1, one.id, one.name, score, known, probability, inside))
+        answer_set = None if calibration is None else AnswerSet(int(found.set_size[row]), calibration.coverage)
+        parts = (named.get("head"), named.get("relation"), named.get("tail"))
         return Ranking(missing, *parts, tuple(predictions), answer_set)
-
-    def _calibrated(
-        self, missing: Missing, found: dict[str, Named], scores: Floats, known: npt.NDArray[np.int64]
-    ) -> Rows | None:
-        """What calibration says of one query, over the candidates not known yet; None where it says nothing."""
-        calibration = self.bundle.calibration
-        if calibration is None:
-            return None
-        return calibration.one(missing, scores, None if missing == "relation" else found["relation"].index, known)
-
-
-def top_k(scores: Floats, count: int, without: npt.NDArray[np.int64] | None = None) -> npt.NDArray[np.int64]:
-    """Indices of the ``count`` highest of ``scores`` (N,), best first; of equal scores the lower index first.
-
-    A partial sort: N comparisons to find the threshold, and only what passes it is sorted. Equal to the
-    head of a stable full sort, ties at the threshold too. ``without``: indices that may not come back; fewer
-    than ``count`` are returned when fewer are left.
-    """
-    if without is not None and len(without):
-        allowed = np.ones(len(scores), dtype=bool)
-        allowed[without] = False
-        left = np.flatnonzero(allowed)
-        return left[top_k(scores[left], count)]
-    if count < len(scores):
-        threshold = np.partition(scores, len(scores) - count)[len(scores) - count]
-        above = np.flatnonzero(scores > threshold)
-        level = np.flatnonzero(scores == threshold)[: count - len(above)]
-        chosen = np.sort(np.concatenate([above, level]))
-    else:
-        chosen = np.arange(len(scores))
-    order: npt.NDArray[np.int64] = chosen[np.argsort(-scores[chosen], kind="stable")]
-    return order
 
 
 def _no_task(missing: Missing, tasks: Sequence[str]) -> QueryError:
@@ -369,11 +312,6 @@ def _no_new_entities(query: Query) -> QueryError:
 
 def _indices(rows: Sequence[Named]) -> torch.Tensor:
     return torch.tensor([row.index for row in rows], dtype=torch.int64)
-
-
-def _floats(scores: torch.Tensor) -> Floats:
-    array: Floats = scores.detach().to("cpu", torch.float32).numpy()
-    return array
 
 
 def _not_finite(version: str, what: str) -> NonFiniteError:

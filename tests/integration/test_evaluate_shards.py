@@ -14,7 +14,7 @@ import pytest
 from evaluation_artifacts import SPLITS, graph_artifact, model_artifact, random_splits
 
 from kgray.artifact import Artifact, Draft, Store
-from kgray.errors import ArtifactError, DataError, NonFiniteError
+from kgray.errors import ArtifactError, ConfigError, DataError, NonFiniteError
 from kgray.evaluation import shards
 from kgray.evaluation.config import EvaluateConfig
 from kgray.evaluation.counts import KINDS
@@ -151,6 +151,34 @@ def test_a_model_of_another_graph_and_non_finite_scores_are_refused(
     sick = model_artifact(store, other, poison=True)
     with pytest.raises(NonFiniteError, match="candidate 1 "):
         measure(draft, config, sick, other, prepare(other, config), plan(other, "test", 1)[0], 0)
+
+
+@pytest.mark.parametrize("size", [11, 120])
+def test_candidates_in_ranges_are_measured_as_whole_rows_are(
+    made: tuple[Artifact, Artifact], tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph, model = made
+    pieces = plan(graph, "test", 1)[0]
+    found = []
+    for ranged in (False, True):
+        config = EvaluateConfig(baselines=False, ranged=ranged)
+        monkeypatch.setattr(shards, "sizes", lambda scorer, entities, cells: (23, size))
+        draft = draft_in(tmp_path / str(ranged))
+        found.append((measure(draft, config, model, graph, prepare(graph, config), pieces, 0), draft))
+    (whole, one), (parts, other) = found
+    assert parts.model.metrics(KINDS) == whole.model.metrics(KINDS)
+    assert parts.model.slices() == whole.model.slices()
+    assert {side: h.tolist() for side, h in parts.histogram.items()} == {
+        side: h.tolist() for side, h in whole.histogram.items()
+    }
+    order = [("side", "ascending"), ("head", "ascending"), ("relation", "ascending"), ("tail", "ascending")]
+    ranks = [pq.read_table(draft.path_of("ranks.parquet")).sort_by(order) for draft in (one, other)]
+    assert ranks[0].drop(["score"]).equals(ranks[1].drop(["score"]))
+
+
+def test_links_are_not_measured_by_range() -> None:
+    with pytest.raises(ConfigError, match="ranged"):
+        EvaluateConfig(ranged=True, link_negatives=5)
 
 
 _MEMORY = """

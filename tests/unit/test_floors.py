@@ -15,6 +15,7 @@ FLOORS = {
     "jobs": 7,
     "kgray.serving": 6,
     "kgray.pipeline": 6,
+    "kgray.prediction": 6,
     "kgray.training": 5,
     "kgray.evaluation": 4,
     "kgray.model": 4,

@@ -256,3 +256,35 @@ def test_lineage_of_nothing_is_the_users_mistake(arguments, tmp_path, monkeypatc
     monkeypatch.setenv("KGRAY_STORAGE", str(tmp_path))
     assert lineage_command.main(arguments) == 2
     assert "no artifact" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "predict.queries"),
+        (["--queries", "{folder}/none.tsv"], "predict.queries: no such file: {folder}/none.tsv"),
+        (["--queries", "{folder}/empty.tsv"], "empty.tsv: the file is empty"),
+        (["--queries", "{folder}/odd.csv", "predict.header=true"], "odd.csv, line 1: the columns are 'a', 'b'"),
+        (["--queries", "{folder}/good.tsv", "--output", "{folder}/no/answers.parquet"], "predict.output"),
+        (["--queries", "{folder}/good.tsv", "--output", "{folder}/good.tsv"], "what lies there is something else"),
+        (["predict.queries={folder}/good.tsv", "predict.top_k=0"], "predict.top_k"),
+        (["predict.queries={folder}/good.tsv", "predict.format=ntriples"], "predict.format"),
+    ],
+)
+def test_predict_tells_what_is_wrong_before_anything_is_built(arguments, words, tmp_path, capsys):
+    (tmp_path / "empty.tsv").touch()
+    (tmp_path / "odd.csv").write_text("a,b\nc,d\n")
+    (tmp_path / "good.tsv").write_text("virus\tcauses\t?\n")
+    given = [one.format(folder=tmp_path) for one in arguments]
+    assert command.main("predict", [QUICKSTART, f"storage.root={tmp_path}/storage", *given]) == 2
+    out, err = capsys.readouterr()
+    assert words.format(folder=tmp_path) in last_json(out)["error"]
+    assert "Traceback" not in err and not (tmp_path / "storage").exists()
+
+
+def test_predict_is_a_step_only_where_there_are_queries(tmp_path):
+    settings = load_config(Settings, QUICKSTART)
+    assert "predict" not in [step.name for step in steps_of(settings)]
+    asked = load_config(Settings, QUICKSTART, [f"predict.queries={tmp_path}/q.tsv"])
+    assert [step.name for step in needed(steps_of(asked), targets_of("predict", asked))][-2:] == ["ensemble", "predict"]
+    assert "predict" in targets_of("pipeline", asked)

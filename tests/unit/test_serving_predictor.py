@@ -8,9 +8,9 @@ import torch
 from serving_bundle import TableBundle
 
 from kgray.errors import NonFiniteError
-from kgray.serving import predictor as predictor_module
+from kgray.evaluation.answers import Answerer, top_k
 from kgray.serving.names import Names, QueryError
-from kgray.serving.predictor import Predictor, Query, Ranking, ScoredTriple, Triple, top_k
+from kgray.serving.predictor import Predictor, Query, Ranking, ScoredTriple, Triple
 
 
 def full_sort(scores: np.ndarray, count: int, without: set[int]) -> list[int]:
@@ -32,11 +32,8 @@ def test_top_k_equals_full_sort(levels: int, count: int) -> None:
 
 @pytest.mark.parametrize("levels", [0, 2])
 @pytest.mark.parametrize("filter_known", [False, True])
-@pytest.mark.parametrize("cells", [1, 100, 1 << 25])
-def test_predict_equals_oracle_in_a_mixed_batch(
-    levels: int, filter_known: bool, cells: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(predictor_module, "_CELLS", cells)
+@pytest.mark.parametrize("cells", [1, 500, 1 << 25])
+def test_predict_equals_oracle_in_a_mixed_batch(levels: int, filter_known: bool, cells: int) -> None:
     bundle = TableBundle(levels=levels)
     facts = {tuple(row) for row in bundle.triples.tolist()}
     queries, expected = [], []
@@ -57,7 +54,9 @@ def test_predict_equals_oracle_in_a_mixed_batch(
             ids = bundle.relation_ids if missing == "relation" else bundle.entity_ids
             order = full_sort(scores.numpy(), 12, known if filter_known else set())
             expected.append([(ids[i], scores[i].item(), i in known) for i in order])
-    for answer, want in zip(Predictor(bundle).predict(queries), expected, strict=True):
+    predictor = Predictor(bundle)
+    predictor._answerer = Answerer(bundle, cells)
+    for answer, want in zip(predictor.predict(queries), expected, strict=True):
         assert isinstance(answer, Ranking)
         assert [(p.id, p.score, p.known) for p in answer.predictions] == want
         assert [p.rank for p in answer.predictions] == list(range(1, len(want) + 1))
