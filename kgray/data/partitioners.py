@@ -147,7 +147,7 @@ def choose(score: Floats, room: I64) -> I64:
         wanted = np.bincount(chosen, minlength=len(room))
         full = np.flatnonzero(wanted > room)
         if not len(full):
-            return chosen
+            return np.asarray(chosen, dtype=np.int64)
         for part in full:
             inside = np.flatnonzero(chosen == part)
             mine = score[inside, part]
@@ -195,4 +195,4 @@ class Homes:
         """The home of a relation that is meant for an entity: the same among equal homes, (n,)."""
         number = np.diff(self.offsets)[relations]
         drawn = (mix(entities.astype(np.uint64)) % number.astype(np.uint64)).astype(np.int64)
-        return self.parts[self.offsets[relations] + drawn]
+        return np.asarray(self.parts[self.offsets[relations] + drawn], dtype=np.int32)

@@ -19,9 +19,10 @@ def partition_report(
     """The section ``partitions`` of audit.json, over the triples of train, valid and test (and support) as they lie.
 
     edge_cut: share of the triples whose tail is in another partition than their head. balance: the largest partition
-    over the mean, in entities and in triples. halo: of the entities that a partition's triples name, the share that
-    belong to others: whose vectors it must fetch; ``halo`` holds their number for each partition. relations: how many
-    occur in a partition, on average. passes: what each pass of a streaming partitioner left cut, of the votes it saw.
+    over the mean, in entities and in triples. halo: of a partition's own entities and those of others that are tails
+    of its triples, the share of the others, whose vectors it must fetch; the argument holds their number. relations:
+    how many occur in a partition, on average. passes: what each pass of a streaming partitioner left cut, of the votes
+    it saw.
     """
     partitions = len(layout.ranges)
     triples, cut = np.zeros(partitions, dtype=np.int64), 0

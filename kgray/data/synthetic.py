@@ -70,7 +70,7 @@ class SyntheticGraph:
         raw = bits.advance(start).random_raw(_DRAWS * count).reshape(count, _DRAWS)
         heads = self._popular(_uniform(raw[:, 0]), self.entities)
         bounds, offsets, reflected = self._relations()
-        relations = np.minimum(np.searchsorted(bounds, raw[:, 1], side="right"), self.relations - 1)
+        relations = np.searchsorted(bounds, raw[:, 1], side="right")
         ring = heads % self.communities
         ring = np.where(reflected[relations], -ring, ring) + offsets[relations]
         ring %= self.communities
@@ -87,10 +87,11 @@ class SyntheticGraph:
         return np.minimum(drawn, np.asarray(among, dtype=np.int64) - 1)
 
     def _relations(self) -> tuple[U64, I64, npt.NDArray[np.bool_]]:
-        """Of each relation: where its range of random numbers ends, how far it turns the ring, whether it reflects."""
+        """Of each relation: where its range of random numbers ends (but of the last one), how far it turns the ring,
+        whether it reflects it."""
         numbers = np.arange(self.relations)
         shares = np.cumsum(1.0 / (numbers + 1.0))
-        bounds = (shares / shares[-1] * 2.0**53).astype(np.uint64) << np.uint64(11)
+        bounds = (shares[:-1] / shares[-1] * 2.0**53).astype(np.uint64) << np.uint64(11)
         near = max(1, self.communities // 100)
         drawn = mix(numbers.astype(np.uint64) + mix(np.asarray([self.seed], np.uint64) + np.uint64(1)))
         offsets = (drawn % np.uint64(2 * near + 1)).astype(np.int64) - near
