@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kgray.artifact import Draft
@@ -33,6 +33,7 @@ from kgray.errors import ConfigError
 
 
 @given(st.integers(1, 300), st.integers(1, 40))
+@settings(deadline=None)
 def test_ranges_are_near_equal_and_cover(entities: int, partitions: int) -> None:
     ranges = partition_ranges(entities, partitions)
     sizes = [end - start for start, end in ranges]
@@ -116,6 +117,7 @@ def test_the_first_of_each_is_kept(seed: int, entities: int) -> None:
 
 
 @given(st.lists(st.integers(0, 40)), st.lists(st.integers(0, 40)))
+@settings(deadline=None)
 def test_what_meets_may_meet(left: list[int], right: list[int]) -> None:
     found = may_meet(np.asarray(left, np.int64), np.asarray(right, np.int64))
     for keys, others, mask in ((left, right, found[0]), (right, left, found[1])):
@@ -129,6 +131,7 @@ def test_few_others_may_meet() -> None:
 
 
 @given(st.lists(st.integers(0, 9)))
+@settings(deadline=None)
 def test_groups_keep_their_order(numbers: list[int]) -> None:
     order, bounds = grouped(np.asarray(numbers, dtype=np.uint16), 10)
     for group in range(10):
@@ -137,6 +140,7 @@ def test_groups_keep_their_order(numbers: list[int]) -> None:
 
 
 @given(st.integers(1, 60), st.integers(1, 9), st.integers(0, 500), st.integers(1, 50))
+@settings(deadline=None)
 def test_cells_lie_in_partitions(entities: int, partitions: int, triples: int, cell_triples: int) -> None:
     ranges = partition_ranges(entities, min(partitions, entities))
     layout = Layout.of(ranges, triples, cell_triples)
