@@ -83,7 +83,7 @@ def ingest_recipe(store: Store, data: DataConfig, graph: GraphConfig) -> Recipe:
         **reading_options(data),
     }
     if graph.streams:
-        config["partitioner"] = {key: to_dict(graph)[key] for key in ("partitioner", "slack", "passes")}
+        config["partitioner"] = {key: to_dict(graph)[key] for key in ("partitioner", "slack", "triple_slack", "passes")}
     drawn = SyntheticGraph.of(data)
     if drawn is not None:
         config["synthetic"] = {"format": SYNTHETIC_FORMAT, **to_dict(drawn)}

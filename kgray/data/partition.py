@@ -34,13 +34,17 @@ class GraphConfig:
         "triples cross (Fennel, restreamed); relation puts entities together that are heads of the same relations.",
     )
     slack: float = option(0.05, "locality, relation: share by which a partition may have more entities than the mean.")
+    triple_slack: float = option(
+        0.3, "locality, relation: the same of triples, as far as whole entities and their balance allow."
+    )
     passes: int = option(8, "locality, relation: times the entities are gone through; more passes, fewer cuts.")
 
     def __post_init__(self) -> None:
         if not 1 <= self.partitions <= MOST:
             raise ConfigError("partitions", self.partitions, f"a number of parts from 1 to {MOST}")
-        if not 0 <= self.slack <= 10:
-            raise ConfigError("slack", self.slack, "a share from 0 to 10")
+        for key in ("slack", "triple_slack"):
+            if not 0 <= getattr(self, key) <= 10:
+                raise ConfigError(key, getattr(self, key), "a share from 0 to 10")
         if not 1 <= self.passes <= 1000:
             raise ConfigError("passes", self.passes, "a number of passes from 1 to 1000")
 

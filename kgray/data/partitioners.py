@@ -28,6 +28,7 @@ Parts = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float64]
 _DENSE = 1 << 22  # scores held at once
 _LARGEST_BATCH = 8192
+_FAR = float(1 << 40)  # worse than any number of votes is good
 
 
 @dataclass(frozen=True)
@@ -83,12 +84,14 @@ def assign(
     entities: int,
     partitions: int,
     slack: float,
+    triple_slack: float,
     passes: int,
     homes: Homes | None = None,
 ) -> Assignment:
     """Send a stream of entities, which can be begun anew, through ``passes`` passes. ``homes``: voters are relations.
 
     No partition is left empty (there must be as many entities), and none has more than ``1 + slack`` times the mean.
+    One that has ``1 + triple_slack`` times the mean of triples takes an entity only where no other has room.
     """
     parts = np.full(entities, -1, dtype=np.int32)
     votes = triples = 0
@@ -96,6 +99,7 @@ def assign(
         votes += len(piece.voters)
         triples += int(piece.loads.sum())
     limit = max(-(-entities // partitions), int((1 + slack) * entities / partitions))
+    heaviest = (1 + triple_slack) * triples / partitions
     price = 1.5 * max(votes, 1) / (2 if homes is None else 1) / entities
     size = batch_size(entities, partitions)
     cuts: list[float] = []
@@ -106,7 +110,7 @@ def assign(
         for batch in batches(stream(), size):
             counts = _count_votes(batch, first, parts, partitions, homes)
             fill = np.maximum(sizes * (partitions / entities), loads * (partitions / max(triples, 1)))
-            score = counts - price * np.sqrt(fill)
+            score = counts - price * np.sqrt(fill) - np.where(loads >= heaviest, _FAR, 0.0)
             # Where nothing else decides, entities take turns among the partitions.
             turns = (first + np.arange(len(batch))[:, None] + np.arange(partitions)) % partitions
             chosen = choose(score - 1e-7 / partitions * turns, limit - sizes)

@@ -90,7 +90,7 @@ def number_entities(
             yield Vertices(np.concatenate([[0], np.cumsum(votes)]).astype(np.int64), voters, loads)
 
     homes = Homes.build(relation_rows, graph.partitions) if graph.partitioner == "relation" else None
-    found = assign(stream, entities, graph.partitions, graph.slack, graph.passes, homes)
+    found = assign(stream, entities, graph.partitions, graph.slack, graph.triple_slack, graph.passes, homes)
     ends = np.cumsum(found.sizes)
     following = ends - found.sizes
     for bucket, (start, end) in enumerate(zip(offsets, [*offsets[1:], entities], strict=True)):

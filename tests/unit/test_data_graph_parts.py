@@ -50,7 +50,12 @@ def test_partitions_are_checked(number: int) -> None:
 
 @pytest.mark.parametrize(
     ("settings", "key"),
-    [({"partitioner": "metis"}, "partitioner"), ({"slack": -0.1}, "slack"), ({"passes": 0}, "passes")],
+    [
+        ({"partitioner": "metis"}, "partitioner"),
+        ({"slack": -0.1}, "slack"),
+        ({"triple_slack": -1.0}, "triple_slack"),
+        ({"passes": 0}, "passes"),
+    ],
 )
 def test_partitioners_are_checked(settings: dict[str, object], key: str) -> None:
     with pytest.raises(ConfigError) as caught:

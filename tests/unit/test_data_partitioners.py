@@ -84,6 +84,7 @@ def slow_assign(edges: list[tuple[int, int]], entities: int, partitions: int, sl
                 [
                     sum(parts[u] == p for u in neighbours[v])
                     - price * math.sqrt(fill[p])
+                    - (2.0**40 if load[p] >= 1.2 * triples / partitions else 0.0)
                     - 1e-7 / partitions * ((v + p) % partitions)
                     for p in range(partitions)
                 ]
@@ -102,7 +103,7 @@ def slow_assign(edges: list[tuple[int, int]], entities: int, partitions: int, sl
 def test_assignment_equals_plain_loops(seed: int, pieces: int) -> None:
     rng = np.random.default_rng(seed)
     edges = [tuple(edge) for edge in rng.integers(0, 60, (150, 2)).tolist()]
-    found = assign(lambda: stream_of(edges, 60, pieces), 60, 3, 0.1, 3)
+    found = assign(lambda: stream_of(edges, 60, pieces), 60, 3, 0.1, 0.2, 3)
     assert found.parts.tolist() == slow_assign(edges, 60, 3, 0.1, 3)
     assert found.sizes.tolist() == np.bincount(found.parts, minlength=3).tolist()
     inside = [found.parts[a] == found.parts[b] for a, b in edges if a != b]
@@ -133,7 +134,7 @@ def ring(communities: int, size: int, seed: int) -> list[tuple[int, int]]:
 def test_communities_are_found() -> None:
     """Sixteen communities in four partitions: by chance three edges of four are cut, of the true division a tenth."""
     edges = ring(16, 25, 0)
-    found = assign(lambda: stream_of(edges, 400), 400, 4, 0.05, 10)
+    found = assign(lambda: stream_of(edges, 400), 400, 4, 0.05, 0.2, 10)
     cut = np.mean([found.parts[a] != found.parts[b] for a, b in edges if a != b])
     assert cut < 0.35
     assert found.sizes.max() <= 105
@@ -146,14 +147,14 @@ def test_limits_hold_and_no_partition_is_empty(partitions: int) -> None:
     """A hub of most edges, loops, entities without an edge, as many partitions as entities."""
     hub = [(0, n) for n in range(1, 30)] * 3 + [(5, 5)] * 50
     for slack in (0.0, 0.5):
-        found = assign(lambda: stream_of(hub, 40), 40, partitions, slack, 4)
+        found = assign(lambda: stream_of(hub, 40), 40, partitions, slack, slack, 4)
         sizes = np.bincount(found.parts, minlength=partitions)
         assert sizes.min() >= 1
         assert sizes.max() <= max(math.ceil(40 / partitions), int((1 + slack) * 40 / partitions))
 
 
 def test_no_votes_at_all_are_dealt_out_evenly() -> None:
-    found = assign(lambda: stream_of([], 100), 100, 4, 0.05, 2)
+    found = assign(lambda: stream_of([], 100), 100, 4, 0.05, 0.2, 2)
     assert found.sizes.max() - found.sizes.min() <= 8
     assert found.cuts == [0.0, 0.0]
 
@@ -179,7 +180,7 @@ def test_relations_come_together() -> None:
     def stream() -> Iterator[Vertices]:
         yield Vertices(np.arange(401) * 2, np.repeat(relation[order], 2), np.full(400, 2))
 
-    found = assign(stream, 400, 4, 0.05, 3, homes)
+    found = assign(stream, 400, 4, 0.05, 0.2, 3, homes)
     for number in range(8):
         held = np.bincount(found.parts[relation[order] == number], minlength=4)
         assert held.max() >= 45
