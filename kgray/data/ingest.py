@@ -146,7 +146,7 @@ class _Ingest:
     def run(self) -> dict[str, int | float]:
         """All stages. Returns the counts."""
         hashing = start("hash files", hash_of, hash_groups(self.files))
-        log.info("ingest: begins")
+        log.info("ingest: work begins")
         entities = self._read()
         layout = self._lay_out(entities)
         moved = self._encode(layout)
@@ -187,6 +187,7 @@ class _Ingest:
         relations = self._plan(("relations",), True, self.sizes)
         self.buckets = buckets = max(triples.buckets(self.sizes), tables.buckets(self.sizes))
         scratch, data = self.scratch, self.data
+        arguments: list[tuple[Any, ...]]
         arguments = [(scratch, n, group, data, buckets) for n, group in enumerate(triples.groups)]
         reading = start("read triples", read_triples, arguments)
         arguments = [(scratch, f"table/{n}", group, data, buckets) for n, group in enumerate(tables.groups)]
