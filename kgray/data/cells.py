@@ -1,8 +1,8 @@
 """The last tasks of a graph's ingest: triples without duplicates by cell, and partitions from their cells.
 
 A cell takes the triples with their head in its range of ids (*own*), and of those with their tail alone in it what the
-audit needs (*foreign*). Keys of triples are sorted as single numbers where they fit 64 bits, which they do up to some
-10**18 / 4 for entities of the cell x relations x entities.
+audit needs (*foreign*). Triples are sorted as single numbers of 64 bits where they fit, which they do while entities of
+the cell x relations x entities are below 2**61.
 """
 
 from __future__ import annotations
