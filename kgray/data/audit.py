@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kgray.data.config import SPLITS
-from kgray.data.triples import I64, Bools, Triples
+from kgray.data.triples import I64, Bools, Triples, concat
 
 MIN_SUPPORT = 2
 """Training triples a relation must repeat the wrong way round to be called symmetric, or another's inverse."""
@@ -43,71 +43,87 @@ class PartAudit:
     """Codes r1 * R + r2 and the number of training triples (h, r1, t), h != t, with (t, r2, h) in training."""
     forward: I64
     """(R,) training triples with h != t: what confidence is a share of."""
+    seen: Bools
+    """Which entities of the part a training triple holds; not sent to the driver."""
 
 
-def audit_part(triples: Triples, dropped: Bools, given: Triples, span: tuple[int, int], relations: int) -> PartAudit:
-    """First pass. triples: deduplicated, head or tail in ``span``; given, dropped: those before and which of them
-    were duplicates."""
+def audit_part(
+    own: Triples, foreign: Triples, dropped: npt.NDArray[np.int8], overlap: I64, span: tuple[int, int], relations: int
+) -> PartAudit:
+    """First pass over one part of the entities, ``span``. own, foreign: triples without duplicates, those with their
+    head in it and those with their tail alone; dropped: the splits of own triples that were duplicates; overlap: see
+    :func:`overlaps`."""
     start, end = span
-    own = (triples.head >= start) & (triples.head < end)
-    mine = triples[own]
-    kept = np.bincount(mine.split, minlength=3)
-    lost = given[dropped & (given.head >= start) & (given.head < end)]
-    by_relation = np.zeros((relations, 3), dtype=np.int64)
-    np.add.at(by_relation, (mine.relation, mine.split), 1)
-    train = triples[triples.split == 0]
-    in_split = [_touched(triples[triples.split == s], span) for s in range(3)]
-    degree = _degree(train, span)
-    values, counts = np.unique(degree, return_counts=True)
-    top = np.lexsort((np.arange(len(degree)), -degree))[:10]
-    train_own = mine[(mine.split == 0) & (mine.head != mine.tail)]
-    backward = train[(train.tail >= start) & (train.tail < end) & (train.head != train.tail)]
+    inside = (own.tail >= start) & (own.tail < end)
+    in_split: list[Bools] = []
+    degree: I64 = np.empty(0, dtype=np.int64)
+    for s in range(3):
+        mine, others = own.split == s, foreign.split == s
+        count = np.bincount(own.head[mine] - start, minlength=end - start)
+        count += np.bincount(own.tail[mine & inside] - start, minlength=end - start)
+        count += np.bincount(foreign.tail[others] - start, minlength=end - start)
+        in_split.append(count > 0)
+        degree = count if s == 0 else degree
+    straight = own.head != own.tail
+    train_own = own[(own.split == 0) & straight]
+    backward = concat([own[(own.split == 0) & straight & inside], foreign[foreign.split == 0]])
     x, y = _matches(train_own, backward, start)
     codes = train_own.relation[x].astype(np.int64) * relations + backward.relation[y]
+    by_relation = np.bincount(own.relation.astype(np.int64) * 3 + own.split, minlength=3 * relations)
+    values, counts = np.unique(degree, return_counts=True)
     return PartAudit(
-        kept=kept,
-        duplicates=np.bincount(lost.split, minlength=3),
-        overlap=_overlap(mine),
-        loops=np.bincount(mine.split[mine.head == mine.tail], minlength=3),
-        relations=by_relation,
+        kept=np.bincount(own.split, minlength=3),
+        duplicates=np.bincount(dropped, minlength=3),
+        overlap=overlap,
+        loops=np.bincount(own.split[~straight], minlength=3),
+        relations=by_relation.reshape(relations, 3),
         degrees=(values, counts),
-        hubs=[(int(degree[n]), int(n + start)) for n in top if degree[n]],
+        hubs=_largest(degree, start),
         unseen=np.asarray([int((touched & ~in_split[0]).sum()) for touched in in_split]),
         without_triples=int((~(in_split[0] | in_split[1] | in_split[2])).sum()),
         reversed_pairs=_unique_counts(codes),
         forward=np.bincount(train_own.relation, minlength=relations).astype(np.int64),
+        seen=in_split[0],
     )
 
 
-def _touched(triples: Triples, span: tuple[int, int]) -> Bools:
-    """Which entities of a span a triple holds. Returns (end - start,) bool."""
-    return _degree(triples, span) > 0
+def _largest(degree: I64, start: int) -> list[tuple[int, int]]:
+    """(degree, entity) of the ten largest."""
+    if len(degree) > 1000:
+        among = np.flatnonzero(degree >= np.partition(degree, -10)[-10])
+    else:
+        among = np.arange(len(degree))
+    top = among[np.lexsort((among, -degree[among]))[:10]]
+    return [(int(degree[n]), int(n + start)) for n in top if degree[n]]
 
 
-def _degree(triples: Triples, span: tuple[int, int]) -> I64:
-    """Triples at each entity of a span, a loop counted twice. Returns (end - start,) int64."""
-    start, end = span
-    degree = np.zeros(end - start, dtype=np.int64)
-    for side in (triples.head, triples.tail):
-        degree += np.bincount(side[(side >= start) & (side < end)] - start, minlength=end - start)
-    return degree
-
-
-def _overlap(mine: Triples) -> I64:
-    """Triples in two splits: train-valid, train-test, valid-test."""
-    order = np.lexsort((mine.tail, mine.relation, mine.head))
-    rows = mine[order]
-    new = np.ones(len(rows), dtype=bool)
-    new[1:] = (
-        (rows.head[1:] != rows.head[:-1])
-        | (rows.relation[1:] != rows.relation[:-1])
-        | (rows.tail[1:] != rows.tail[:-1])
-    )
+def overlaps(keys: I64) -> I64:
+    """Triples in two splits: train-valid, train-test, valid-test, (3,). keys: sorted, four times a number of the triple
+    plus its split, each once."""
+    facts = keys >> 2
+    new = np.ones(len(keys), dtype=bool)
+    new[1:] = facts[1:] != facts[:-1]
     starts = np.flatnonzero(new)
     if not len(starts):
         return np.zeros(3, dtype=np.int64)
-    splits = np.bitwise_or.reduceat(np.left_shift(1, rows.split.astype(np.int64)), starts)
+    splits = np.bitwise_or.reduceat(np.left_shift(1, keys & 3), starts)
     return np.asarray([int(((splits & pair) == pair).sum()) for pair in (3, 5, 6)])
+
+
+def may_meet(left: I64, right: I64) -> tuple[Bools, Bools]:
+    """Which of two lists of keys may be in the other one too: all that are, and few that are not. A filter of one hash
+    (Bloom 1970), for where most are in one list alone."""
+    bits = min(24, max(10, (8 * max(len(left), len(right), 1)).bit_length()))
+    places = [
+        ((keys.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(64 - bits)).astype(np.int64)
+        for keys in (left, right)
+    ]
+    marked = np.zeros(1 << bits, dtype=bool)
+    marked[places[1]] = True
+    in_left = marked[places[0]]
+    marked[:] = False
+    marked[places[0][in_left]] = True
+    return in_left, marked[places[1]]
 
 
 def _matches(forward: Triples, backward: Triples, start: int) -> tuple[I64, I64]:
@@ -115,13 +131,15 @@ def _matches(forward: Triples, backward: Triples, start: int) -> tuple[I64, I64]
     width = 1 + int(max(forward.tail.max(initial=0), backward.head.max(initial=0)))
     wanted = (forward.head - start) * width + forward.tail
     keys = (backward.tail - start) * width + backward.head
+    left, right = (np.flatnonzero(mask) for mask in may_meet(wanted, keys))
+    wanted, keys = wanted[left], keys[right]
     order = np.argsort(keys, kind="stable")
     keys = keys[order]
     low, high = np.searchsorted(keys, wanted, "left"), np.searchsorted(keys, wanted, "right")
     counts = high - low
     x = np.repeat(np.arange(len(wanted)), counts)
     y = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts) + np.repeat(low, counts)
-    return x, order[y]
+    return left[x], right[order[y]]
 
 
 def _unique_counts(codes: I64, weights: I64 | None = None) -> tuple[I64, I64]:
@@ -182,11 +200,6 @@ def audit_held_out(
     unseen = ~(seen[held.head] & seen[held.tail])
     counts = [np.bincount(held.split[mask], minlength=3) for mask in (answered, reverse, unseen)]
     return HeldOut(*counts)
-
-
-def seen_in_train(triples: Triples, span: tuple[int, int]) -> Bools:
-    """Which entities of a span a training triple holds. Returns (end - start,) bool."""
-    return _touched(triples[triples.split == 0], span)
 
 
 @dataclass

@@ -93,6 +93,42 @@ class ColumnsConfig:
                     raise ConfigError(key, name, "a name that no other column of the same file has")
 
 
+@configuration
+class SyntheticConfig:
+    """A graph that is drawn (see synthetic.py), where ``data.triples`` is a number."""
+
+    entities: int | None = option(None, "Entities to draw from; null: a tenth of the triples.")
+    relations: int = option(50, "Relations; the n-th is drawn with a frequency of 1/n of the first one's.")
+    communities: int | None = option(
+        None, "Communities of entities, on a ring that every relation turns or reflects; null: one for 100 entities."
+    )
+    exponent: float = option(
+        2.5, "Exponent of the power law of degrees, above 2: the nearer to 2, the larger the hubs."
+    )
+    noise: float = option(0.1, "Share of the triples whose tail is drawn from all entities: what nobody can learn.")
+    seed: int = option(0, "Another seed, another graph.")
+
+    def __post_init__(self) -> None:
+        for key, least in (("entities", 1), ("relations", 1), ("communities", 1)):
+            value = getattr(self, key)
+            if value is not None and not least <= value < 2**31:
+                raise ConfigError(key, value, f"a number from {least} to 2**31 - 1")
+        if not 2.05 <= self.exponent <= 20:
+            raise ConfigError("exponent", self.exponent, "a number from 2.05 to 20")
+        if not 0 <= self.noise <= 1:
+            raise ConfigError("noise", self.noise, "a share from 0 to 1")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError("seed", self.seed, "a whole number from 0 to 2**63 - 1")
+
+    def entities_of(self, triples: int) -> int:
+        """Entities of a graph of so many triples."""
+        return max(1, triples // 10) if self.entities is None else self.entities
+
+    def communities_of(self, entities: int) -> int:
+        """Communities of a graph of so many entities."""
+        return max(1, entities // 100) if self.communities is None else self.communities
+
+
 Format = Literal["auto", "tsv", "csv", "jsonl", "parquet", "ntriples"]
 
 
@@ -100,9 +136,12 @@ Format = Literal["auto", "tsv", "csv", "jsonl", "parquet", "ntriples"]
 class DataConfig:
     """The input of the ingest job."""
 
-    triples: Paths | SplitPaths = option(
-        REQUIRED, "Triples: train/valid/test paths, or one source that `data.split` divides."
+    triples: Paths | SplitPaths | int = option(
+        REQUIRED,
+        "Triples: train/valid/test paths, or one source that `data.split` divides; a whole number draws a graph of so "
+        "many, as `data.synthetic` says.",
     )
+    synthetic: SyntheticConfig = option(SyntheticConfig, "What is drawn where data.triples is a number.")
     split: SplitConfig = option(
         SplitConfig, "How triples are divided; of given splits only where whole entities are held out."
     )
@@ -137,6 +176,23 @@ class DataConfig:
             value = getattr(self, key)
             if value == [] or value == "":
                 raise ConfigError(key, value, "at least one path")
+        if isinstance(self.triples, int):
+            self._check_synthetic(self.triples)
         columns = self.columns.split
         if columns is not None and isinstance(self.triples, SplitPaths):
             raise ConfigError("columns.split", columns, "null where data.triples gives train, valid and test apart")
+
+    def _check_synthetic(self, triples: int) -> None:
+        if not 1 <= triples < 2**40:
+            raise ConfigError("triples", triples, "a number of synthetic triples from 1 to 2**40 - 1, or paths")
+        for key in ("entities", "relations"):
+            if getattr(self, key) is not None:
+                raise ConfigError(key, getattr(self, key), "null where data.triples is a number: its ids are drawn too")
+        if self.columns.split is not None:
+            raise ConfigError("columns.split", self.columns.split, "null where data.triples is a number")
+        entities = self.synthetic.entities_of(triples)
+        if entities >= 2**31:
+            raise ConfigError("synthetic.entities", self.synthetic.entities, "below 2**31 entities")
+        if self.synthetic.communities_of(entities) > entities:
+            expected = f"at most the {entities} entities"
+            raise ConfigError("synthetic.communities", self.synthetic.communities, expected)

@@ -31,6 +31,7 @@ from kgray.data.inputs import (
     plan_reading,
     reading_options,
     run_small,
+    text_bytes,
 )
 from kgray.data.rows import RowBlock, Shape, not_utf8, read_rows
 from kgray.data.tables import is_blank
@@ -61,7 +62,8 @@ def ingest_corpus(draft: Draft, data: DataConfig, sizes: Sizes | None = None) ->
     Raises DataError naming file and line: bad rows beyond the policy, a repeated doc_id, files that cannot be read.
     """
     sizes = sizes or Sizes()
-    small: dict[str, int] | None = run_small(document_files(data), sizes, _ingest_corpus, draft, data, sizes)
+    text = text_bytes(document_files(data))
+    small: dict[str, int] | None = run_small(text, sizes, _ingest_corpus, draft, data, sizes)
     return small if small is not None else _ingest_corpus(draft, data, sizes)
 
 

@@ -75,9 +75,13 @@ def bucket_bounds(buckets: int) -> list[int]:
 
 def bucket_slices(hashes: U64, buckets: int) -> list[tuple[int, int]]:
     """Where each bucket lies in sorted hashes: (start, end)."""
+    return list(pairwise(bucket_cuts(hashes, buckets)))
+
+
+def bucket_cuts(hashes: U64, buckets: int) -> list[int]:
+    """Where each bucket begins in sorted hashes, and their number."""
     inner = np.asarray(bucket_bounds(buckets)[1:-1], dtype=np.uint64)
-    cuts = [0, *np.searchsorted(hashes, inner, side="left").tolist(), len(hashes)]
-    return list(pairwise(cuts))
+    return [0, *np.searchsorted(hashes, inner, side="left").tolist(), len(hashes)]
 
 
 @dataclass
@@ -95,13 +99,14 @@ def encode_columns(columns: Sequence[Sequence[Any]]) -> Codes:
     parts = [block.dictionary_encode() for column in columns for block in column]
     if not parts:
         return Codes(pa.array([], STRING), np.empty(0, np.uint64), [np.empty(0, np.int64) for _ in columns])
-    unified = pa.chunked_array(parts).unify_dictionaries()
-    values = unified.chunk(0).dictionary
+    if not all(part.dictionary.equals(parts[0].dictionary) for part in parts[1:]):
+        parts = pa.chunked_array(parts).unify_dictionaries().chunks
+    values = parts[0].dictionary
     hashes = hash_strings(values)
     order = sort_by_hash(values, hashes)
     place = np.empty(len(order), dtype=np.int64)
     place[order] = np.arange(len(order))
-    chunks = iter(unified.chunks)
+    chunks = iter(parts)
     encoded = []
     for column in columns:
         codes = [place[np.asarray(next(chunks).indices)] for _ in column]
@@ -111,9 +116,35 @@ def encode_columns(columns: Sequence[Sequence[Any]]) -> Codes:
 
 def sort_by_hash(ids: Any, hashes: U64) -> I64:
     """The order of strings by (hash, string). Returns (n,) int64 indices."""
+    fast = np.argsort(hashes)
+    ordered = hashes[fast]
+    if not (ordered[1:] == ordered[:-1]).any():
+        return fast
     table = pa.table({"hash": pa.array(hashes), "id": ids})
     order = pc.sort_indices(table, sort_keys=[("hash", "ascending"), ("id", "ascending")])
     return np.asarray(order).astype(np.int64)
+
+
+def join_sorted(parts: Sequence[tuple[Any, U64]]) -> tuple[Any, list[I64]]:
+    """The dictionary of several lists of ids, each with its hashes and sorted by them.
+
+    Returns the distinct ids in the order of (hash, id), and for each list where its ids are there, (n,) int64. A merge
+    of sorted hashes; strings are only compared, to be sure that equal hashes are equal ids.
+    """
+    distinct = np.unique(np.concatenate([hashes for _, hashes in parts])) if parts else np.empty(0, np.uint64)
+    places = [np.searchsorted(distinct, hashes).astype(np.int64) for _, hashes in parts]
+    example = np.empty(len(distinct), dtype=np.int64)
+    start = 0
+    for place in places:
+        example[place] = start + np.arange(len(place))
+        start += len(place)
+    every = pa.concat_arrays([ids for ids, _ in parts]) if parts else pa.array([], STRING)
+    merged = every.take(pa.array(example))
+    for (ids, _), place in zip(parts, places, strict=True):
+        if not pc.all(pc.equal(ids, merged.take(pa.array(place)))).as_py():
+            merged = encode_columns([[ids for ids, _ in parts]]).ids  # two ids of one hash
+            return merged, [look_up(ids, merged) for ids, _ in parts]
+    return merged, places
 
 
 def look_up(ids: Any, dictionary: Any) -> I64:

@@ -27,6 +27,9 @@ CHUNK_BYTES = 64 << 20
 BLOCK_BYTES = 16 << 20
 """How much text is parsed at a time: what bounds the memory of a reading task."""
 
+SYNTHETIC = "synthetic"
+"""The format of triples that are drawn: chunks are ranges of their numbers, and there is no file."""
+
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".zstd": "zstd", ".xz": "xz"}
 FORMATS = {
     ".tsv": "tsv", ".tab": "tsv", ".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kgray.artifact import Source, Store
@@ -12,6 +12,7 @@ from kgray.config import to_dict
 from kgray.data.config import DataConfig, SplitPaths
 from kgray.data.files import (
     CHUNK_BYTES,
+    SYNTHETIC,
     Chunk,
     InputFile,
     count_lines,
@@ -24,10 +25,13 @@ from kgray.data.files import (
     open_raw,
 )
 from kgray.data.rows import Shape, check_columns
+from kgray.data.synthetic import SyntheticGraph
 from kgray.data.tasks import in_process, run_all
 from kgray.errors import ConfigError, DataError
 
 _HASH_BYTES = 1 << 30
+SYNTHETIC_BYTES = 16
+"""About how much text a synthetic triple would be in a file."""
 _EXPANSION = 6
 """About how much larger text is than its compressed file."""
 
@@ -40,15 +44,26 @@ class Sizes:
     """Of a file, by one reading task at the most, where the format lets it be cut."""
     task_bytes: int = CHUNK_BYTES
     """Of several small files, by one reading task."""
-    bucket_bytes: int = CHUNK_BYTES
+    triple_bytes: int = CHUNK_BYTES // 2
+    """Instead of the two above where they are larger, of triples: short rows take more memory than their text."""
+    bucket_bytes: int = CHUNK_BYTES // 2
     """Of the input, for each hash bucket of the dictionary."""
     small_bytes: int = 16 << 20
     """Of the whole input, up to which one task does everything."""
+    cell_triples: int = 1 << 20
+    """By one task of those that drop duplicates and write."""
+
+    def of_triples(self) -> Sizes:
+        """As triples are cut."""
+        chunk, task = min(self.chunk_bytes, self.triple_bytes), min(self.task_bytes, self.triple_bytes)
+        return replace(self, chunk_bytes=chunk, task_bytes=task)
 
 
 def graph_files(data: DataConfig) -> list[InputFile]:
     """The files of a graph, in the order of their source index: train, valid, test (or triples), entities,
     relations. Raises DataError for missing files and unknown formats."""
+    if isinstance(data.triples, int):
+        return []  # drawn
     if isinstance(data.triples, SplitPaths):
         given = data.triples
         roles = [("train", given.train), ("valid", given.valid), ("test", given.test)]
@@ -92,10 +107,14 @@ def reading_options(data: DataConfig) -> dict[str, Any]:
     }
 
 
-def run_small(files: Sequence[InputFile], sizes: Sizes, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Run a whole ingest in one task where the input is small; None where it is not."""
-    packed = sum(file_bytes(file) * (_EXPANSION if file.compression else 1) for file in files)
-    if packed > sizes.small_bytes:
+def text_bytes(files: Sequence[InputFile]) -> int:
+    """About how many bytes of text files hold."""
+    return sum(file_bytes(file) * (_EXPANSION if file.compression else 1) for file in files)
+
+
+def run_small(text: int, sizes: Sizes, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Run a whole ingest, of so many bytes of text, in one task where that is little; None where it is not."""
+    if text > sizes.small_bytes:
         return None
     return run_all("ingest", in_process, [(function, *arguments)])[0]
 
@@ -108,7 +127,16 @@ class Plan:
     text_bytes: int
 
     def buckets(self, sizes: Sizes) -> int:
-        return min(256, max(1, -(-self.text_bytes // sizes.bucket_bytes)))
+        return min(1024, max(1, -(-self.text_bytes // sizes.bucket_bytes)))
+
+
+def plan_drawing(graph: SyntheticGraph, sizes: Sizes) -> Plan:
+    """Ranges of a synthetic graph's triples, as much for one task as it would read of a file."""
+    file = InputFile(0, SYNTHETIC, "triples", SYNTHETIC, None)
+    each = max(1, sizes.task_bytes // SYNTHETIC_BYTES)
+    starts = range(0, graph.triples, each)
+    groups = [[Chunk(file, start, min(start + each, graph.triples), start + 1)] for start in starts]
+    return Plan(groups, graph.triples * SYNTHETIC_BYTES)
 
 
 def plan_reading(

@@ -1,21 +1,20 @@
-"""What the last tasks of a graph's ingest write: triples and entities by partition."""
+"""What an ingest writes besides triples: the entities of a partition, the rows set aside."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from kgray.artifact import Draft
-from kgray.data.audit import HeldOut, PartAudit, Rule, audit_held_out, audit_part, seen_in_train
 from kgray.data.bad_rows import BadRow
-from kgray.data.config import SPLITS, STORED
-from kgray.data.tables import combined, named
-from kgray.data.triples import Bools, Triples, concat, deduplicate, triple_table
-from kgray.data.unseen import SupportAudit
+from kgray.data.scratch import Scratch
+from kgray.data.tables import named
 
 ROW_GROUP = 1 << 16
 
@@ -25,51 +24,28 @@ def part_name(number: int) -> str:
     return f"part-{number:05d}.parquet"
 
 
-def finish_partition(
-    draft: Draft, number: int, span: tuple[int, int], relations: int, support: bool, parts: Sequence[Triples]
-) -> tuple[PartAudit, Triples, Bools, SupportAudit]:
-    """Write the triples whose head is in the partition. ``parts``: all triples with head or tail in it; ``support``:
-    whether there is such a split.
+@dataclass(frozen=True)
+class Piece:
+    """Some entities of a partition: rows [start, end) of a batch of a scratch file (end None: to its end)."""
 
-    Returns the counts, the triples of SPLITS without duplicates, which entities of the partition train holds, and the
-    counts of support.
-    """
-    given = concat(parts)
-    kept, dropped = deduplicate(given)
-    own = kept[(kept.head >= span[0]) & (kept.head < span[1])]
-    for s, split in enumerate(STORED if support else SPLITS):
-        table = triple_table(own[own.split == s])
-        draft.write_table(f"triples/{split}/{part_name(number)}", table, row_group_size=ROW_GROUP)
-    counted_support = SupportAudit.of(kept, span)
-    if support:
-        asked, kept = given.split < len(SPLITS), kept[kept.split < len(SPLITS)]
-        given, dropped = given[asked], dropped[asked]
-    counted = audit_part(kept, dropped, given, span, relations)
-    return counted, kept, seen_in_train(kept, span), counted_support
-
-
-def check_held_out(
-    span: tuple[int, int], rules: Sequence[Rule], relations: int, triples: Triples, seen: Sequence[Bools]
-) -> HeldOut:
-    """The second pass of the audit over one partition. ``seen``: of all partitions, in order."""
-    return audit_held_out(triples, span, np.concatenate(seen), rules, relations)
+    name: str
+    batch: int = 0
+    start: int = 0
+    end: int | None = None
 
 
 def write_entities(
-    draft: Draft,
-    number: int,
-    first_id: int,
-    columns: Sequence[str],
-    slices: Sequence[tuple[int, int]],
-    tables: Sequence[Any],
+    draft: Draft, scratch: Scratch, number: int, first_id: int, columns: Sequence[str], pieces: Sequence[Piece]
 ) -> int:
-    """Write one partition of entities: rows [start, end) of each bucket that reaches into it. Returns its rows."""
+    """Write one partition of entities, piece after piece. Returns its rows."""
     schema = pa.schema([(name, pa.int64() if name == "id" else pa.string()) for name in columns])
-    # Row groups must not follow the buckets: the bytes may not depend on how the work was cut.
+    # Row groups must not follow the pieces: the bytes may not depend on how the work was cut.
     held: list[Any] = []
     written = first_id
     with draft.open_parquet(f"entities/{part_name(number)}", schema) as writer:
-        for (start, end), table in zip(slices, tables, strict=True):
+        for piece in pieces:
+            table = pa.Table.from_batches([scratch.read(piece.name, piece.batch)])
+            start, end = piece.start, table.num_rows if piece.end is None else piece.end
             while start < end:
                 room = ROW_GROUP - sum(rows.num_rows for rows in held)
                 held.append(named(table.slice(start, min(room, end - start)), 0, columns))
@@ -90,10 +66,15 @@ def _write_group(writer: Any, held: list[Any], first_id: int) -> int:
     return int(rows.num_rows)
 
 
-def external_ids(table: Any, rows: Sequence[int]) -> list[str]:
-    """The external ids of a few entities of a bucket."""
-    ids = combined(table.column("external_id"))
-    return [ids[row].as_py() for row in rows]
+def external_ids(draft: Draft, entities: Sequence[int], ranges: Sequence[tuple[int, int]]) -> list[str]:
+    """The external ids of a few entities, from the written partitions."""
+    found = []
+    for entity in entities:
+        part = next(n for n, (start, end) in enumerate(ranges) if start <= entity < end)
+        with draft.fs.open_input_file(draft.path_of(f"entities/{part_name(part)}")) as raw:
+            group, row = divmod(entity - ranges[part][0], ROW_GROUP)
+            found.append(pq.ParquetFile(raw).read_row_group(group, columns=["external_id"])[0][row].as_py())
+    return found
 
 
 def quarantine(rows: Sequence[BadRow], paths: Sequence[str]) -> bytes:

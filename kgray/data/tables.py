@@ -15,14 +15,15 @@ from kgray.data.config import ColumnsConfig, DataConfig
 from kgray.data.dictionary import (
     I64,
     STRING,
-    bucket_slices,
-    encode_columns,
+    bucket_cuts,
     hash_strings,
+    join_sorted,
     look_up,
     sort_by_hash,
 )
 from kgray.data.files import Chunk
 from kgray.data.rows import Shape, read_rows
+from kgray.data.scratch import Scratch, as_numpy
 
 _OWN = ("external_id", "name", "description", "type")
 _HASH, _SOURCE, _LINE = "\0hash", "\0source", "\0line"
@@ -43,9 +44,9 @@ class TableRead:
     columns: list[str]
 
 
-def read_table(chunks: Sequence[Chunk], data: DataConfig, buckets: int) -> tuple[Any, ...]:
-    """Rows of a table, renamed to external_id, name, description, type, extras. Returns TableRead, and for each
-    hash bucket its rows (a pyarrow Table)."""
+def read_table(scratch: Scratch, name: str, chunks: Sequence[Chunk], data: DataConfig, buckets: int) -> TableRead:
+    """Rows of a table, renamed to external_id, name, description, type, extras, written to scratch as ``name``, a batch
+    for each hash bucket."""
     bad = BadRows(kept_details(data))
     shape = table_shape(data.columns)
     parts = []
@@ -59,10 +60,9 @@ def read_table(chunks: Sequence[Chunk], data: DataConfig, buckets: int) -> tuple
     table = merge_tables(parts)
     hashes = np.asarray(table.column(_HASH)).astype(np.uint64)
     order = np.argsort(hashes, kind="stable")
-    slices = bucket_slices(hashes[order], buckets)
-    shared = [table.take(pa.array(order[start:end])) for start, end in slices]
-    extras = [name for name in table.column_names if name not in (_HASH, _SOURCE, _LINE)]
-    return (TableRead(table.num_rows, bad, extras), *shared)
+    scratch.write(name, table.take(pa.array(order)), bucket_cuts(hashes[order], buckets))
+    extras = [column for column in table.column_names if column not in (_HASH, _SOURCE, _LINE)]
+    return TableRead(table.num_rows, bad, extras)
 
 
 def _rename(name: str, columns: ColumnsConfig) -> str:
@@ -109,38 +109,39 @@ class BucketMerged:
 
 
 def merge_bucket(
-    tables: Sequence[Any],
-    seen: Sequence[tuple[Any, Any]],
-    has_table: bool,
-    data: DataConfig,
-    paths: Sequence[str],
-) -> tuple[Any, ...]:
-    """One bucket of the dictionary: its entities in id order, and where each reading task's entities are in it.
+    scratch: Scratch, bucket: int, tables: int, reading: int, data: DataConfig, paths: Sequence[str]
+) -> BucketMerged:
+    """One bucket of the dictionary: ``entities/bucket``, its entities in id order (external_id, name, description,
+    type, extras), and ``places/bucket``, a batch for each reading task: where its entities are (rank int32, -1: in
+    no table) and whether a training triple of any task holds them.
 
-    tables: the rows of the entity table; seen: of each reading task (ids, in_train) of this bucket. Returns
-    BucketMerged, the entities (Table: external_id, name, description, type, extras), and for each of ``seen``
-    (rank int64 or -1, in train bool).
+    tables: tasks that read the entity table, 0 where there is none; reading: tasks that read triples.
     """
     bad = BadRows(kept_details(data))
-    if has_table:
-        entities = unique_rows(merge_tables(tables), bad, paths)
+    parts = [scratch.read(f"ids/{task}", bucket) for task in range(reading)]
+    if tables:
+        rows = [pa.Table.from_batches([scratch.read(f"table/{task}", bucket)]) for task in range(tables)]
+        entities = unique_rows(merge_tables(rows), bad, paths)
+        ids = combined(entities.column("external_id"))
+        ranks = [look_up(part.column("id"), ids) for part in parts]
     else:
-        ids = encode_columns([[part for part, _ in seen]]).ids
+        ids, ranks = join_sorted([(part.column("id"), as_numpy(part.column("hash"))) for part in parts])
         entities = pa.table({"external_id": ids})
     count = entities.num_rows
     blank = pa.array(np.full(count, "", dtype=object), STRING)
     for name in _OWN[1:]:
         if name not in entities.column_names:
             entities = entities.append_column(name, blank)
-    ids = combined(entities.column("external_id"))
-    ranks = [look_up(part, ids) for part, _ in seen]
     in_train = np.zeros(count, dtype=bool)
-    for rank, (_, flags) in zip(ranks, seen, strict=True):
-        in_train[rank[(rank >= 0) & flags]] = True
+    for rank, part in zip(ranks, parts, strict=True):
+        in_train[rank[(rank >= 0) & as_numpy(part.column("in_train"))]] = True
     no_name, no_text = is_blank(entities.column("name")), is_blank(entities.column("description"))
-    told = BucketMerged(count, bad, int(no_name.sum()), int(no_text.sum()), int((no_name & no_text).sum()))
-    places = [(rank, np.where(rank < 0, False, in_train[rank]) if count else rank >= 0) for rank in ranks]
-    return (told, entities, *places)
+    scratch.write(f"entities/{bucket}", entities)
+    every = np.concatenate(ranks) if ranks else np.empty(0, dtype=np.int64)
+    seen = np.where(every < 0, False, in_train[every]) if count else every >= 0
+    bounds = [0, *np.cumsum([len(rank) for rank in ranks]).tolist()]
+    scratch.write_arrays(f"places/{bucket}", bounds, rank=every.astype(np.int32), seen=seen)
+    return BucketMerged(count, bad, int(no_name.sum()), int(no_text.sum()), int((no_name & no_text).sum()))
 
 
 def unique_rows(table: Any, bad: BadRows, paths: Sequence[str]) -> Any:
@@ -198,18 +199,19 @@ def named(table: Any, first_id: int, columns: Sequence[str]) -> Any:
     return pa.table(values)
 
 
-def name_buckets(table: Any, buckets: int) -> tuple[Any, ...]:
-    """Names given (not blank) to some entities: their number, then those of each hash bucket."""
-    names = combined(table.column("name"))
+def name_buckets(scratch: Scratch, bucket: int, buckets: int) -> None:
+    """Names given (not blank) to the entities of a bucket, to ``names/bucket``, a batch a hash bucket of names."""
+    names = combined(scratch.read_all(f"entities/{bucket}").column("name"))
     names = names.filter(pa.array(~is_blank(names)))
     hashes = hash_strings(names)
     order = sort_by_hash(names, hashes)
-    slices = bucket_slices(hashes[order], buckets)
-    return (len(names), *(names.take(pa.array(order[start:end])) for start, end in slices))
+    sorted_names = pa.record_batch({"name": names.take(pa.array(order))})
+    scratch.write(f"names/{bucket}", sorted_names, bucket_cuts(hashes[order], buckets))
 
 
-def duplicate_names(parts: Sequence[Any]) -> tuple[int, int]:
+def duplicate_names(scratch: Scratch, bucket: int, buckets: int) -> tuple[int, int]:
     """(names that several entities bear, entities that bear them) among one bucket of names."""
+    parts = [scratch.read(f"names/{n}", bucket).column("name") for n in range(buckets)]
     counts = np.asarray(pc.value_counts(pa.chunked_array(parts, STRING)).field("counts"))
     shared = counts[counts > 1]
     return len(shared), int(shared.sum())

@@ -1,7 +1,8 @@
 """Running plain functions as Ray tasks. Functions stay free of Ray, so unit tests call them directly.
 
-Why tasks and not Ray Data pipelines: encoding needs one shuffle whose buckets come back to where they came from,
-and every stage here takes some hundredths of a second of overhead where a Data pipeline takes seconds.
+Why tasks and not Ray Data pipelines: encoding needs one shuffle whose buckets come back to where they came from, with
+a bound on memory that Ray's object store does not give, and every stage here takes some hundredths of a second of
+overhead where a Data pipeline takes seconds.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ def in_process(function: Callable[..., Any], *arguments: Any) -> Any:
     Small data is taken whole by one task this way: a second worker would take longer to start than to help.
     """
     global _in_process
-    _in_process = True
+    before, _in_process = _in_process, True
     try:
         return function(*arguments)
     finally:
-        _in_process = False
+        _in_process = before
 
 
 def _call_here(function: Callable[..., Any], arguments: tuple[Any, ...], returns: int) -> Any:

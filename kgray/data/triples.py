@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,12 @@ import pyarrow.compute as pc
 
 from kgray.data.bad_rows import BadRows, kept_details
 from kgray.data.config import SPLITS, STORED, ColumnsConfig, DataConfig
-from kgray.data.dictionary import U64, bucket_slices, encode_columns, hash_triples, split_of
-from kgray.data.files import Chunk
-from kgray.data.partition import partition_of
+from kgray.data.dictionary import U64, bucket_cuts, encode_columns, hash_triples, split_of
+from kgray.data.files import SYNTHETIC, Chunk
+from kgray.data.partition import Layout
 from kgray.data.rows import Shape, read_rows
+from kgray.data.scratch import Scratch, as_numpy
+from kgray.data.synthetic import SyntheticGraph
 from kgray.data.unseen import split_by_entity
 
 I64 = npt.NDArray[np.int64]
@@ -52,23 +54,14 @@ def concat(parts: Sequence[Triples]) -> Triples:
 
 
 @dataclass
-class LocalTriples:
-    """What one reading task found: triples in codes of its own, ``ids`` (u,) the entities sorted by (hash, id)."""
-
-    triples: Triples
-    ids: Any
-    hashes: U64
-
-
-@dataclass
 class TriplesRead:
-    """What the driver is told of it: small."""
+    """What the driver is told of a reading task: small."""
 
     rows: int
     bad: BadRows
     relations: list[str]
-    relation_in_train: list[bool]
-    buckets: list[tuple[int, int]] = field(default_factory=list)
+    relation_rows: list[int]
+    """Training triples of each of them."""
 
 
 def triple_shape(columns: ColumnsConfig) -> Shape:
@@ -77,9 +70,9 @@ def triple_shape(columns: ColumnsConfig) -> Shape:
     return Shape(tuple(name for name in names if name is not None))
 
 
-def read_triples(chunks: Sequence[Chunk], data: DataConfig, buckets: int) -> tuple[Any, ...]:
-    """Read chunks into codes. Returns TriplesRead, LocalTriples, and for each hash bucket its part of the entities:
-    (ids, in_train), in the order of the local codes.
+def read_triples(scratch: Scratch, number: int, chunks: Sequence[Chunk], data: DataConfig, buckets: int) -> TriplesRead:
+    """Read chunks into codes of the task's own. Writes ``rows/number``, the triples, and ``ids/number``: the entities
+    in the order of the codes, (hash, id), with their hashes and whether a training triple holds them; a batch a bucket.
 
     Raises DataError where a file as a whole is at fault.
     """
@@ -92,6 +85,7 @@ def read_triples(chunks: Sequence[Chunk], data: DataConfig, buckets: int) -> tup
     lines = _join([p[4] for p in parts], np.int64)
     sources = _join([np.full(len(p[4]), p[5], dtype=np.int32) for p in parts], np.int32)
     splits = _join([p[3] for p in parts], np.int8)
+    del parts
     if data.undirected:
         heads, tails = _turned(heads, tails, entities.hashes)
     divide = splits < 0
@@ -107,17 +101,19 @@ def read_triples(chunks: Sequence[Chunk], data: DataConfig, buckets: int) -> tup
     train = splits == 0
     in_train = np.zeros(len(entities.ids), dtype=bool)
     in_train[heads[train]] = in_train[tails[train]] = True
-    relation_in_train = np.zeros(len(relations.ids), dtype=bool)
-    relation_in_train[relation[train]] = True
-    slices = bucket_slices(entities.hashes, buckets)
-    told = TriplesRead(len(lines), bad, relations.ids.to_pylist(), relation_in_train.tolist(), slices)
-    local = LocalTriples(
-        Triples(heads, relation.astype(np.int32), tails, splits, sources, lines),
-        entities.ids,
-        entities.hashes,
+    relation_rows = np.bincount(relation[train], minlength=len(relations.ids))
+    scratch.write_arrays(
+        f"rows/{number}",
+        head=heads.astype(np.uint32),
+        relation=relation.astype(np.int32),
+        tail=tails.astype(np.uint32),
+        split=splits,
+        source=sources,
+        line=lines,
     )
-    shared = [(_copy(entities.ids, start, end), in_train[start:end].copy()) for start, end in slices]
-    return (told, local, *shared)
+    seen = {"id": entities.ids, "hash": pa.array(entities.hashes), "in_train": pa.array(in_train)}
+    scratch.write(f"ids/{number}", pa.record_batch(seen), bucket_cuts(entities.hashes, buckets))
+    return TriplesRead(len(lines), bad, relations.ids.to_pylist(), relation_rows.tolist())
 
 
 def _turned(heads: I64, tails: I64, hashes: U64) -> tuple[I64, I64]:
@@ -135,15 +131,11 @@ def _join(parts: list[Any], kind: Any) -> Any:
     return np.concatenate(parts) if parts else np.empty(0, kind)
 
 
-def _copy(ids: Any, start: int, end: int) -> Any:
-    """A slice that does not drag its whole parent along when it is sent."""
-    if start == 0 and end == len(ids):
-        return ids
-    return ids.take(pa.array(np.arange(start, end)))
-
-
 def _blocks(chunk: Chunk, data: DataConfig, bad: BadRows) -> Iterator[tuple[Any, ...]]:
     """(head, relation, tail, split, line, source) of each block of good rows; split -1: still to be drawn."""
+    if chunk.file.format == SYNTHETIC:
+        yield from _drawn(chunk, data)
+        return
     columns = data.columns
     shape = triple_shape(columns)
     role = chunk.file.role
@@ -172,14 +164,25 @@ def _blocks(chunk: Chunk, data: DataConfig, bad: BadRows) -> Iterator[tuple[Any,
             yield head, relation, tail, splits, lines, chunk.file.source
 
 
+def _drawn(chunk: Chunk, data: DataConfig) -> Iterator[tuple[Any, ...]]:
+    """The same of a synthetic graph."""
+    graph = SyntheticGraph.of(data)
+    if graph is None or chunk.end is None:
+        raise ValueError(f"no synthetic triples: {data.triples!r}, {chunk}")
+    for head, relation, tail, start in graph.blocks(chunk.start, chunk.end):
+        lines = start + 1 + np.arange(len(head), dtype=np.int64)
+        yield head, relation, tail, np.full(len(head), -1, dtype=np.int8), lines, chunk.file.source
+
+
 @dataclass
 class Encoding:
     """What every encoding task must know: small tables, the same for all."""
 
-    ranges: list[tuple[int, int]]
-    """The id range of each partition."""
+    layout: Layout
     offsets: list[int]
-    """First id of each hash bucket."""
+    """First id of each hash bucket, in the order of hashes."""
+    renumbered: bool
+    """Whether a partitioner gave other ids (``numbers``, see partitioning.py)."""
     relation_ids: dict[str, int]
     relation_in_train: Bools
     """(R,) whether a relation has a training triple."""
@@ -196,71 +199,98 @@ class TriplesEncoded:
 
 
 def encode_triples(
-    local: LocalTriples,
-    relation_names: Sequence[str],
-    encoding: Encoding,
-    data: DataConfig,
-    places: Sequence[tuple[I64, Bools]],
-) -> tuple[Any, ...]:
-    """Dense ids for a task's triples. ``places``: for each bucket (rank in the bucket or -1, seen in train) of the
-    task's entities there. Returns TriplesEncoded, and for each partition the triples with head or tail in it.
+    scratch: Scratch, number: int, relation_names: Sequence[str], encoding: Encoding, data: DataConfig
+) -> TriplesEncoded:
+    """Dense ids for a reading task's triples. Writes ``own/number``, a batch for each cell of those with their head in
+    it, in the order of the file, and ``foreign/number``, of those with their tail alone in it.
 
     Of drawn splits, a held-out triple whose head, tail or relation no training triple holds goes to train.
     """
-    ids = np.concatenate(
-        [np.where(rank < 0, -1, rank + start) for (rank, _), start in zip(places, encoding.offsets, strict=True)]
-    )
-    seen = np.concatenate([flags for _, flags in places])
+    ids, seen = places_of(scratch, number, encoding.offsets, encoding.renumbered)
     relation_map = np.asarray([encoding.relation_ids.get(name, -1) for name in relation_names], dtype=np.int32)
-    rows = local.triples
+    local = read_rows_of(scratch, f"rows/{number}")
     found = Triples(
-        ids[rows.head], relation_map[rows.relation], ids[rows.tail], rows.split.copy(), rows.source, rows.line
+        ids[local.head], relation_map[local.relation], ids[local.tail], local.split.copy(), local.source, local.line
     )
     bad = BadRows(kept_details(data))
     good = (found.head >= 0) & (found.relation >= 0) & (found.tail >= 0)
-    for n in np.flatnonzero(~good):
-        values = (
-            ("entity", found.head[n], local.ids[int(rows.head[n])].as_py(), "head"),
-            ("relation", found.relation[n], relation_names[int(rows.relation[n])], "relation"),
-            ("entity", found.tail[n], local.ids[int(rows.tail[n])].as_py(), "tail"),
-        )
-        table, _, name, column = next(value for value in values if value[1] < 0)
-        split = STORED[int(rows.split[n])]
-        reason = f"the {column} {name!r} of this {split} triple has no row in the {table} table; expected one"
-        bad.add(int(rows.source[n]), int(rows.line[n]), reason, "\t".join(value[2] for value in values))
+    if not good.all():
+        names = scratch.read_all(f"ids/{number}").column("id")
+        _tell(bad, local, found, np.flatnonzero(~good), names, relation_names)
     moved = 0
     if encoding.divided:
-        lone = good & (rows.split > 0)
-        lone &= ~(seen[rows.head] & seen[rows.tail] & encoding.relation_in_train[found.relation])
-        found.split[lone] = 0
-        moved = int(lone.sum())
+        lone = np.flatnonzero(good & (local.split > 0))
+        kept = seen[local.head[lone]] & seen[local.tail[lone]] & encoding.relation_in_train[found.relation[lone]]
+        found.split[lone[~kept]] = 0
+        moved = len(lone) - int(kept.sum())
     if not good.all():
         found = found[good]
-    head_part = partition_of(found.head, encoding.ranges)
-    tail_part = partition_of(found.tail, encoding.ranges)
-    parts = [found[(head_part == p) | (tail_part == p)] for p in range(len(encoding.ranges))]
-    return (TriplesEncoded(bad, moved), *parts)
-
-
-def deduplicate(triples: Triples) -> tuple[Triples, Bools]:
-    """Each triple of a split once, the first by (source, line), in that order.
-
-    Returns the kept ones, and of the given ones which were dropped, (n,) bool.
-    """
-    rows = triples
-    order = np.lexsort((rows.line, rows.source, rows.tail, rows.relation, rows.head, rows.split))
-    ordered = rows[order]
-    same = np.zeros(len(rows), dtype=bool)
-    same[1:] = (
-        (ordered.head[1:] == ordered.head[:-1])
-        & (ordered.relation[1:] == ordered.relation[:-1])
-        & (ordered.tail[1:] == ordered.tail[:-1])
-        & (ordered.split[1:] == ordered.split[:-1])
+    layout = encoding.layout
+    head_cell, tail_cell = layout.cell_of(found.head), layout.cell_of(found.tail)
+    order, bounds = grouped(head_cell, layout.num_cells)
+    write_rows(scratch, f"own/{number}", found[order], bounds, layout.id_type)
+    away = np.flatnonzero(head_cell != tail_cell)
+    order, bounds = grouped(tail_cell[away], layout.num_cells)
+    order = away[order]
+    scratch.write_arrays(
+        f"foreign/{number}",
+        bounds,
+        head=found.head[order].astype(layout.id_type),
+        relation=found.relation[order],
+        tail=found.tail[order].astype(layout.id_type),
+        split=found.split[order],
     )
-    dropped = np.zeros(len(rows), dtype=bool)
-    dropped[order[same]] = True
-    kept = rows[~dropped]
-    return kept[np.lexsort((kept.line, kept.source))], dropped
+    return TriplesEncoded(bad, moved)
+
+
+def places_of(scratch: Scratch, number: int, offsets: Sequence[int], renumbered: bool) -> tuple[I64, Bools]:
+    """Of each entity of a reading task, in the order of its codes: the dense id, -1 of one that has none, and whether a
+    training triple anywhere holds it."""
+    ids, seen = [], []
+    for bucket, offset in enumerate(offsets):
+        batch = scratch.read(f"places/{bucket}", number)
+        rank = as_numpy(batch.column("rank")).astype(np.int64)
+        if renumbered and len(rank):
+            numbers = scratch.column(f"numbers/{bucket}", "number")
+            ids.append(np.where(rank < 0, -1, numbers[rank]))
+        else:
+            ids.append(np.where(rank < 0, -1, rank + offset))
+        seen.append(as_numpy(batch.column("seen")))
+    return _join(ids, np.int64), _join(seen, np.bool_)
+
+
+def _tell(bad: BadRows, local: Triples, found: Triples, rows: I64, ids: Any, relation_names: Sequence[str]) -> None:
+    """Which part of these triples no table knows."""
+    for n in rows:
+        values = (
+            ("entity", found.head[n], ids[int(local.head[n])].as_py(), "head"),
+            ("relation", found.relation[n], relation_names[int(local.relation[n])], "relation"),
+            ("entity", found.tail[n], ids[int(local.tail[n])].as_py(), "tail"),
+        )
+        table, _, name, column = next(value for value in values if value[1] < 0)
+        split = STORED[int(local.split[n])]
+        reason = f"the {column} {name!r} of this {split} triple has no row in the {table} table; expected one"
+        bad.add(int(local.source[n]), int(local.line[n]), reason, "\t".join(value[2] for value in values))
+
+
+def grouped(groups: npt.NDArray[np.uint16], number: int) -> tuple[I64, list[int]]:
+    """An order that brings equal groups together, each in the order it was in, and where each begins, (number + 1,)."""
+    order = np.argsort(groups, kind="stable")  # of 16 bits a radix sort
+    return order, [0, *np.cumsum(np.bincount(groups, minlength=number)).tolist()]
+
+
+def write_rows(scratch: Scratch, name: str, rows: Triples, bounds: Sequence[int] | None, id_type: Any) -> None:
+    """Write triples, a batch between bounds."""
+    columns = {field: getattr(rows, field) for field in _FIELDS}
+    columns["head"], columns["tail"] = rows.head.astype(id_type), rows.tail.astype(id_type)
+    scratch.write_arrays(name, bounds, **columns)
+
+
+def read_rows_of(scratch: Scratch, name: str, number: int = 0) -> Triples:
+    """A batch of triples."""
+    batch = scratch.read(name, number)
+    columns = {field: as_numpy(batch.column(field)) for field in _FIELDS}
+    return Triples(**columns | {end: columns[end].astype(np.int64) for end in ("head", "tail")})
 
 
 def triple_table(triples: Triples) -> Any:

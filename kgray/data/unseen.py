@@ -55,14 +55,13 @@ class SupportAudit:
     only_support: int
 
     @classmethod
-    def of(cls, triples: Triples, span: tuple[int, int]) -> SupportAudit:
-        """Of deduplicated triples with head or tail in ``span``."""
-        touched = [_touched(triples[triples.split == split], span) for split in range(len(STORED))]
+    def of(cls, own: Triples, foreign: Triples, span: tuple[int, int]) -> SupportAudit:
+        """Of triples without duplicates: those with their head in ``span``, and those with their tail alone."""
+        touched = [_touched(own, foreign, span, split) for split in range(len(STORED))]
         support = touched[_SUPPORT]
         unseen = [one & ~touched[0] for one in touched[: len(SPLITS)]]
-        own = (triples.head >= span[0]) & (triples.head < span[1]) & (triples.split == _SUPPORT)
         return cls(
-            triples=int(own.sum()),
+            triples=int((own.split == _SUPPORT).sum()),
             entities=np.asarray([int(one.sum()) for one in unseen]),
             supported=np.asarray([int((one & support).sum()) for one in unseen]),
             only_support=int((support & ~np.logical_or.reduce(touched[: len(SPLITS)])).sum()),
@@ -90,9 +89,9 @@ def add_support(told: dict[str, Any], support: dict[str, Any]) -> None:
     told["entities"]["without_triples"] -= support["only_support_entities"]
 
 
-def _touched(triples: Triples, span: tuple[int, int]) -> npt.NDArray[np.bool_]:
-    """Which entities of a span a triple holds; (end - start,) bool."""
+def _touched(own: Triples, foreign: Triples, span: tuple[int, int], split: int) -> npt.NDArray[np.bool_]:
+    """Which entities of a span a triple of a split holds; (end - start,) bool."""
     found = np.zeros(span[1] - span[0], dtype=bool)
-    for side in (triples.head, triples.tail):
+    for side in (own.head[own.split == split], own.tail[own.split == split], foreign.tail[foreign.split == split]):
         found[side[(side >= span[0]) & (side < span[1])] - span[0]] = True
     return found

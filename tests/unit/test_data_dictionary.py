@@ -16,6 +16,7 @@ from kgray.data.dictionary import (
     encode_columns,
     hash_strings,
     hash_triples,
+    join_sorted,
     look_up,
     split_of,
 )
@@ -67,6 +68,37 @@ def test_encoding_equals_plain_python(first: list[str], second: list[str], step:
     assert codes.hashes.tolist() == [slow_hash(text) for text in order]
     for strings, column in zip((first, second), codes.columns, strict=True):
         assert [order[code] for code in column] == strings
+
+
+@given(st.lists(texts, min_size=1, max_size=4))
+@settings(max_examples=60, deadline=None)
+def test_joining_equals_plain_python(lists: list[list[str]]) -> None:
+    parts = []
+    for strings in lists:
+        codes = encode_columns([[pa.array(strings, STRING)]])
+        parts.append((codes.ids, codes.hashes))
+    merged, places = join_sorted(parts)
+    wanted = sorted({text for strings in lists for text in strings}, key=lambda text: (slow_hash(text), text.encode()))
+    assert merged.to_pylist() == wanted
+    for (ids, _), place in zip(parts, places, strict=True):
+        assert [wanted[n] for n in place] == ids.to_pylist()
+
+
+@pytest.mark.parametrize("kept_bits", [0, 1, 2])
+def test_equal_hashes_are_not_taken_for_equal_ids(kept_bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if almost every hash were another one's too."""
+    full = hash_strings
+    monkeypatch.setattr(dictionary, "hash_strings", lambda strings: full(strings) & np.uint64((1 << kept_bits) - 1))
+    lists = [["a", "b", "c", "d", "e"], ["c", "x", "a"], [], ["e", "y"]]
+    parts = []
+    for strings in lists:
+        codes = encode_columns([[pa.array(strings, STRING)]])
+        assert sorted(codes.ids.to_pylist()) == sorted(strings)
+        parts.append((codes.ids, codes.hashes))
+    merged, places = join_sorted(parts)
+    assert sorted(merged.to_pylist()) == ["a", "b", "c", "d", "e", "x", "y"]
+    for (ids, _), place in zip(parts, places, strict=True):
+        assert [merged[int(n)].as_py() for n in place] == ids.to_pylist()
 
 
 @pytest.mark.parametrize("buckets", [1, 2, 3, 7, 256])
