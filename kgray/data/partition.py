@@ -9,15 +9,17 @@ import numpy.typing as npt
 
 from kgray.config import configuration, option
 from kgray.errors import ConfigError
+from kgray.graph.config import StoreConfig
 
 
 @configuration
-class GraphConfig:
-    """How the graph is laid out on disk."""
+class GraphConfig(StoreConfig):
+    """How the graph is laid out on disk, and how training reaches it."""
 
     partitions: int = option(4, "Parts the entities (and the triples, by their head) are stored in.")
 
     def __post_init__(self) -> None:
+        StoreConfig.__post_init__(self)
         if not 1 <= self.partitions <= 65536:
             raise ConfigError("partitions", self.partitions, "a number of parts from 1 to 65536")
 

@@ -29,10 +29,11 @@ class Members:
         """Positions (k,) in ``asked`` (n,) of those that are members, ascending."""
         if not len(self.numbers):
             return np.empty(0, dtype=np.int64)
-        maybe = np.flatnonzero(self._table.take(asked & asked.dtype.type(self._mask & np.iinfo(asked.dtype).max)))
+        maybe: Int64 = np.flatnonzero(self._table.take(asked & asked.dtype.type(self._mask & np.iinfo(asked.dtype).max)))
         candidates = asked[maybe].astype(np.int64)
         place = np.minimum(np.searchsorted(self.numbers, candidates), len(self.numbers) - 1)
-        return maybe[self.numbers[place] == candidates]
+        found: Int64 = maybe[self.numbers[place] == candidates]
+        return found
 
     def __call__(self, asked: Ints) -> NDArray[np.bool_]:
         """(n,) bool: which of ``asked`` are members."""

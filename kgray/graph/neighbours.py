@@ -19,7 +19,7 @@ Ints = NDArray[Any]
 
 
 class Edges(NamedTuple):
-    """Incoming edges: where a message comes from, over which relation (0..2R-1), by which triple; (E,) integers each."""
+    """Incoming edges: where a message comes from, by which relation (0..2R-1) and triple; (E,) integers each."""
 
     sources: Ints
     relations: Ints
@@ -119,7 +119,8 @@ def row_positions(starts: Int64, lengths: Int64) -> Int64:
     """All positions of spans of given (n,) starts and lengths, one after another; (sum of lengths,) int64."""
     ends = np.cumsum(lengths)
     total = int(ends[-1]) if len(ends) else 0
-    return np.arange(total) + np.repeat(starts - (ends - lengths), lengths)
+    positions: Int64 = np.arange(total) + np.repeat(starts - (ends - lengths), lengths)
+    return positions
 
 
 def narrow(limit: int) -> type[np.signedinteger[Any]]:
