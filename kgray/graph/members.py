@@ -29,7 +29,8 @@ class Members:
         """Positions (k,) in ``asked`` (n,) of those that are members, ascending."""
         if not len(self.numbers):
             return np.empty(0, dtype=np.int64)
-        maybe: Int64 = np.flatnonzero(self._table.take(asked & asked.dtype.type(self._mask & np.iinfo(asked.dtype).max)))
+        low_digits = asked & asked.dtype.type(self._mask & np.iinfo(asked.dtype).max)
+        maybe: Int64 = np.flatnonzero(self._table.take(low_digits))
         candidates = asked[maybe].astype(np.int64)
         place = np.minimum(np.searchsorted(self.numbers, candidates), len(self.numbers) - 1)
         found: Int64 = maybe[self.numbers[place] == candidates]

@@ -53,6 +53,14 @@ class Traffic:
     kept: Counter[str] = field(default_factory=Counter)
     seconds: Counter[str] = field(default_factory=Counter)
 
+    def __str__(self) -> str:
+        """One line: requests, bytes and waiting by purpose."""
+        return "; ".join(
+            f"{name}: {row['requests']:.0f} requests, {(row['sent'] + row['received']) / 2**20:.1f} MiB, "
+            f"{row['seconds']:.1f} s" + (f", {row['kept']:.0f} rows kept here" if row["kept"] else "")
+            for name, row in self.table().items()
+        )
+
     def table(self) -> dict[str, dict[str, float]]:
         """By purpose: requests, sent, received, kept, seconds."""
         names = sorted(self.requests.keys() | self.kept.keys())
@@ -104,6 +112,9 @@ class PartitionedStore(GraphStore):
     def traffic(self) -> Traffic:
         """What was asked so far."""
         return self.desk.traffic
+
+    def told(self) -> str:
+        return str(self.traffic)
 
     def same_pair(self, heads: Int64, tails: Int64) -> Int64:
         low, high = np.minimum(heads, tails), np.maximum(heads, tails)

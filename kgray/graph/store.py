@@ -41,6 +41,10 @@ class GraphStore(ABC):
     triples: Triples
     known: KnownAnswers
 
+    def told(self) -> str:
+        """What a reader of the log should know of its use so far; empty for nothing."""
+        return ""
+
     @abstractmethod
     def same_pair(self, heads: Int64, tails: Int64) -> Int64:
         """Positions of all training triples between the entities of each of (n,) pairs, whichever way round, each

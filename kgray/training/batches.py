@@ -164,7 +164,7 @@ class BatchMaker(StepMaker[Batch]):
     def _inclusion(self, pseudo: Int64 | None) -> torch.Tensor:
         """(N,) log probability that an entity is among a step's candidates."""
         # An edge into an entity for each triple it is head of and each it is tail of.
-        degrees = self.store.messages.degrees
+        degrees = self.store.messages.degrees.astype(np.int64)
         if pseudo is not None and len(pseudo):
             degrees = degrees + np.bincount(pseudo[:, [0, 2]].ravel(), minlength=self.num_entities)
         touched = np.minimum(degrees / max(len(self.triples), 1), 1.0)

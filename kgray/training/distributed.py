@@ -203,6 +203,8 @@ def _loop(config: dict[str, Any]) -> dict[str, Any]:
         worker.device = ray.train.torch.get_device()
         graph, read = _inputs(job, worker)
         done = _fit(job, graph, read, worker)
+        if graph.store is not None and (told := graph.store.told()):
+            worker.say("asked of the graph's owners: %s", told)
         counts = _write(job, done) if worker.rank == 0 else {}
     except GraphStoreError:
         raise  # the other workers wait for this one: Ray Train starts all of them again, from the last checkpoint

@@ -5,9 +5,9 @@
 
 Fan-out [15, 10] around --seeds entities a step, drawn from a graph whose degrees follow a power law. Ours leaves the
 step's target triples out, keeps relations and gives nested blocks; the compiled ones do neither and draw only for
-entities they have not drawn for yet. So edges a second are compared, each side's own. ``compiled_sampler.c`` is the loop
-of torch-sparse and pyg-lib without what slows them; pyg-lib itself is not to be had from PyPI. torch-sparse is compared
-too where a library with its ``neighbor_sample`` is given, made of two of its sources:
+entities they have not drawn for yet. So edges a second are compared, each side's own. ``compiled_sampler.c`` is the
+loop of torch-sparse and pyg-lib without what slows them; pyg-lib itself is not to be had from PyPI. torch-sparse is
+compared too where a library with its ``neighbor_sample`` is given, made of two of its sources:
 
     pip download torch-sparse==0.6.18 --no-deps --no-binary :all: --no-build-isolation
     tar xzf torch_sparse-0.6.18.tar.gz; cd torch_sparse-0.6.18/csrc

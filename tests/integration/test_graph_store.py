@@ -108,9 +108,9 @@ def test_what_stays_out_of_reach_is_told_and_a_replica_stands_in(
         ray.kill(held.actors[3][0])
         with pytest.raises(GraphStoreError, match=r"partition 3 .* did not answer for 3 s, asked .*graph\.replicas"):
             list(samples(_connected(held), range(3)))
-    with pytest.raises(TrainingError, match=r"needs .* GiB of memory for 1000000000 replica"):
-        with owners(shards, StoreConfig(replicas=1_000_000_000)):
-            pass
+    far_too_many = StoreConfig(replicas=1_000_000_000)
+    with pytest.raises(TrainingError, match=r"of memory for 1000000000 replica"), owners(shards, far_too_many):
+        pass
 
 
 def _connected(held: Owners) -> PartitionedStore:
@@ -124,9 +124,9 @@ def test_an_owner_whose_files_are_damaged_says_which(ray_cluster: object, graph:
     good = file.read_bytes()
     try:
         file.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-        with pytest.raises(ArtifactError, match=r"part-00002/facts\.npy has changed"):
-            with owners(shards, StoreConfig(store="partitioned")):
-                pass
+        config = StoreConfig(store="partitioned")
+        with pytest.raises(ArtifactError, match=r"part-00002/facts\.npy has changed"), owners(shards, config):
+            pass
     finally:
         file.write_bytes(good)
     assert not processes()
