@@ -70,7 +70,11 @@ def open_resident(artifact: Artifact) -> ResidentStore:
 
     Raises StorageError for a full disk, ArtifactError for a graph that is damaged itself.
     """
-    folder = _node_copy(artifact)
+    return map_resident(_node_copy(artifact))
+
+
+def map_resident(folder: Path) -> ResidentStore:
+    """What :func:`write_resident` wrote into a folder, mapped."""
     arrays = {path.stem: mapped(path) for path in sorted(folder.glob("*.npy"))}
     index = {name: arrays[f"index.{name}"] for name in _INDEX}
     messages = NeighbourIndex(**index, num_triples=len(arrays["triples"]))
@@ -90,7 +94,7 @@ def _node_copy(artifact: Artifact) -> Path:
 
     def make(draft: Draft) -> dict[str, Any]:
         log.info("graph %s: writing what the workers of this node map into memory", artifact.version)
-        return _write(draft, Graph.load(artifact))
+        return write_resident(draft, Graph.load(artifact))
 
     try:
         built = store.build(recipe, make)
@@ -112,8 +116,8 @@ def _node_copy(artifact: Artifact) -> Path:
     return folder
 
 
-def _write(draft: Draft, graph: Graph) -> dict[str, Any]:
-    """One array after another, so that no two tables are held that need not be."""
+def write_resident(draft: Draft, graph: Graph) -> dict[str, Any]:
+    """Write the files, one array after another, so that no two tables are held that need not be."""
     triples = graph.triples["train"]
     _save(draft, "triples", triples)
     index = graph.message_index()
