@@ -159,6 +159,7 @@ class RemoteMessages:
     def edges(self, whole: Int64, hubs: Int64, drawn: Int64, hop: int = 0) -> Edges:
         """See :class:`~kgray.graph.neighbours.MessageIndex`."""
         lengths, here, purpose = self.degrees_of(whole), self.desk.layout.parts, f"hop {hop}"
+        whole, lengths = whole[lengths > 0], lengths[lengths > 0]  # whose rows are empty need not be asked for
         share = self._shares(self._owners(whole, lengths), self._owners(hubs, self.degrees_of(hubs)))
         asked = {p: self._request(p, whole[a], hubs[b], drawn[b]) for p, (a, b) in share.items() if p < here}
         answers: dict[int, Edges] = dict(zip(asked, self.desk.ask(purpose, list(asked.values())), strict=True))
