@@ -49,7 +49,7 @@ class NeighbourSampler:
             raise ValueError(f"fan-outs must be positive, or -1 for all; got {list(fanouts)}")
         self.index = index
         self.fanouts = tuple(fanouts)
-        self._local = np.full(index.num_entities, -1, dtype=np.int32 if index.num_entities < 2**31 else np.int64)
+        self._local: Ints = np.full(index.num_entities, -1, dtype=np.int32 if index.num_entities < 2**31 else np.int64)
 
     def sample(self, seeds: Int64, generator: np.random.Generator, exclude: Int64 | None = None) -> list[Block]:
         """Blocks from the outermost hop inward; the last one's targets are ``seeds`` (unique entity ids).
@@ -87,7 +87,7 @@ class NeighbourSampler:
     def _block(self, targets: Int64, edges: Edges, owner: Int64) -> Block:
         sources, local = edges.sources, self._local
         local[targets] = np.arange(len(targets))
-        source = local[sources]
+        source: Ints = local[sources]
         missing = np.flatnonzero(source < 0)
         unknown = sources[missing]
         fresh = _distinct(unknown)

@@ -89,9 +89,10 @@ class Layout:
 def mapped(path: Path) -> Ints:
     """An array, mapped where it has bytes to map; read-only."""
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+        array: Ints = np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
     except ValueError:  # an empty one cannot be mapped
-        return np.load(path, allow_pickle=False)
+        array = np.load(path, allow_pickle=False)
+    return array
 
 
 class Shard:

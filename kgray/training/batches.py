@@ -237,7 +237,8 @@ def _once(
 ) -> tuple[Int64, Int64]:
     """``lookup(first, second, among)``, each distinct question asked once."""
     asked, which = np.unique(np.stack([first, second], axis=1), axis=0, return_inverse=True)
-    rows, answers = lookup(*np.ascontiguousarray(asked.T), among)
+    left, right = np.ascontiguousarray(asked.T)
+    rows, answers = lookup(left, right, among)
     lengths = np.bincount(rows, minlength=len(asked))
     starts = np.cumsum(lengths) - lengths
     which = which.reshape(-1)
