@@ -105,6 +105,10 @@ class ClusterError(UserError):
     """A Ray cluster cannot be joined or started."""
 
 
+class GraphStoreError(ClusterError):
+    """A part of the graph that other machines hold is out of reach, and stayed so."""
+
+
 class TrainingError(UserError):
     """Training cannot go on, by data or configuration: a non-finite loss, too few resources."""
 

@@ -18,6 +18,9 @@ for _name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID"):
     os.environ.pop(_name, None)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# What nodes keep for themselves: not in the home of whoever runs the tests.
+_cache = tempfile.TemporaryDirectory(prefix="kgray-cache-")
+os.environ.setdefault("KGRAY_CACHE", _cache.name)
 
 
 @pytest.fixture(scope="session")

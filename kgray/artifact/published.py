@@ -117,8 +117,8 @@ class Artifact:
     def bytes_of(self, relpath: str) -> int:
         return int(self._entry(relpath)["bytes"])
 
-    def verify(self, hashes: bool = False) -> None:
-        """Compares the size, and on request the sha256, of every file with the manifest.
+    def verify(self, hashes: bool = False, prefix: str = "") -> None:
+        """Compares the size, and on request the sha256, of every file (whose path begins so) with the manifest.
 
         Raises ArtifactError naming every damaged file (the first ten).
         """
@@ -126,6 +126,8 @@ class Artifact:
         found = list_files(filesystem, path)
         wrong = []
         for name, entry in self._entries.items():
+            if not name.startswith(prefix):
+                continue
             if name not in found:
                 wrong.append(f"{name} is missing")
             elif found[name] != entry["bytes"]:

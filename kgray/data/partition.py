@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from kgray.config import configuration, option
 from kgray.errors import ConfigError
+from kgray.graph.config import StoreConfig
 
 MOST = 65536
 """Partitions, and cells: their numbers are of 16 bits."""
@@ -23,11 +24,10 @@ Partitioner = Literal["hash", "locality", "relation"]
 
 
 @configuration
-class GraphConfig:
-    """How the graph is laid out on disk."""
+class GraphConfig(StoreConfig):
+    """How the graph is laid out on disk, and how training reaches it."""
 
     partitions: int = option(4, "Parts the entities (and the triples, by their head) are stored in.")
-
     partitioner: Partitioner = option(
         "hash",
         "Which entities lie together: hash deals them out evenly; locality puts neighbours together, so that few "
@@ -40,6 +40,7 @@ class GraphConfig:
     passes: int = option(8, "locality, relation: times the entities are gone through; more passes, fewer cuts.")
 
     def __post_init__(self) -> None:
+        StoreConfig.__post_init__(self)
         if not 1 <= self.partitions <= MOST:
             raise ConfigError("partitions", self.partitions, f"a number of parts from 1 to {MOST}")
         for key in ("slack", "triple_slack"):

@@ -19,7 +19,7 @@ import torch
 
 from kgray.errors import NonFiniteError
 from kgray.evaluation.counts import SIDES, Counts, Strata
-from kgray.graph.filter_index import FilterIndex
+from kgray.graph.filter_index import FilterIndex, KnownAnswers
 from kgray.graph.graph import SPLITS, SUPPORT
 
 SCORE_BUDGET = 1 << 24
@@ -109,7 +109,7 @@ def filter_splits(split: str) -> tuple[str, ...]:
 def rank_triples(
     scorer: Scorer,
     triples: npt.NDArray[Any] | Iterable[npt.NDArray[Any]],
-    known: FilterIndex | None,
+    known: KnownAnswers | None,
     *,
     split: str,
     train: Strata | FilterIndex | npt.NDArray[Any] | None = None,
@@ -165,7 +165,7 @@ def _rank_batch(
     scorer: Scorer,
     batch: npt.NDArray[np.int64],
     side: str,
-    known: FilterIndex | None,
+    known: KnownAnswers | None,
     on_scores: Callable[[Scored], None] | None,
 ) -> Ranks:
     head, relation, tail = torch.from_numpy(batch.T.copy())

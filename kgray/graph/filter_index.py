@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from kgray.graph.members import Members
 
 Ints = npt.NDArray[np.int64]
 """A one-dimensional int64 array."""
@@ -95,9 +97,9 @@ class FilterIndex:
         triples = np.asarray(triples, dtype=np.int64).reshape(-1, 3)
         if num_entities * max(num_entities, num_relations) >= 2**63:
             raise ValueError(f"{num_entities} entities x {num_relations} relations do not fit a 63-bit key")
-        head = _checked("entity", triples[:, 0], num_entities)
-        relation = _checked("relation", triples[:, 1], num_relations)
-        tail = _checked("entity", triples[:, 2], num_entities)
+        head = checked("entity", triples[:, 0], num_entities)
+        relation = checked("relation", triples[:, 1], num_relations)
+        tail = checked("entity", triples[:, 2], num_entities)
         return cls(
             num_entities=num_entities,
             num_relations=num_relations,
@@ -106,15 +108,20 @@ class FilterIndex:
             by_head_tail=KeyedRows.build(head * num_entities + tail, relation, num_relations),
         )
 
-    def tails(self, heads: npt.ArrayLike, relations: npt.ArrayLike) -> tuple[Ints, Ints]:
-        """Known tails of B queries ``(head, relation, ?)``: ``(rows, entities)``, int64, rows in 0..B-1."""
+    def tails(
+        self, heads: npt.ArrayLike, relations: npt.ArrayLike, among: Members | None = None
+    ) -> tuple[Ints, Ints]:
+        """Known tails of B queries ``(head, relation, ?)``: ``(rows, entities)``, int64, rows in 0..B-1, both
+        ascending. among: the only entities wanted; None wants all."""
         h, r = self._entity_ids(heads), self._relation_ids(relations)
-        return self.by_head_relation.lookup(h * self.num_relations + r)
+        return only(self.by_head_relation.lookup(h * self.num_relations + r), among)
 
-    def heads(self, relations: npt.ArrayLike, tails: npt.ArrayLike) -> tuple[Ints, Ints]:
+    def heads(
+        self, relations: npt.ArrayLike, tails: npt.ArrayLike, among: Members | None = None
+    ) -> tuple[Ints, Ints]:
         """Known heads of B queries ``(?, relation, tail)``: ``(rows, entities)``."""
         r, t = self._relation_ids(relations), self._entity_ids(tails)
-        return self.by_relation_tail.lookup(r * self.num_entities + t)
+        return only(self.by_relation_tail.lookup(r * self.num_entities + t), among)
 
     def relations(self, heads: npt.ArrayLike, tails: npt.ArrayLike) -> tuple[Ints, Ints]:
         """Known relations of B queries ``(head, ?, tail)``: ``(rows, relations)``."""
@@ -161,13 +168,81 @@ class FilterIndex:
         return cls(num_entities, num_relations, tails, heads, relations)
 
     def _entity_ids(self, ids: npt.ArrayLike) -> Ints:
-        return _checked("entity", ids, self.num_entities)
+        return checked("entity", ids, self.num_entities)
 
     def _relation_ids(self, ids: npt.ArrayLike) -> Ints:
-        return _checked("relation", ids, self.num_relations)
+        return checked("relation", ids, self.num_relations)
 
 
-def _checked(what: str, ids: npt.ArrayLike, limit: int) -> Ints:
+class KnownAnswers(Protocol):
+    """Known answers to queries, wherever the facts lie; see :class:`FilterIndex`."""
+
+    @property
+    def num_entities(self) -> int: ...
+    @property
+    def num_relations(self) -> int: ...
+    def tails(
+        self, heads: npt.ArrayLike, relations: npt.ArrayLike, among: Members | None = None
+    ) -> tuple[Ints, Ints]: ...
+    def heads(
+        self, relations: npt.ArrayLike, tails: npt.ArrayLike, among: Members | None = None
+    ) -> tuple[Ints, Ints]: ...
+    def relations(self, heads: npt.ArrayLike, tails: npt.ArrayLike) -> tuple[Ints, Ints]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Layered:
+    """The facts of two indexes of one graph, as one: a large one that stays where it lies and a small one."""
+
+    below: KnownAnswers
+    above: KnownAnswers
+
+    @property
+    def num_entities(self) -> int:
+        return self.below.num_entities
+
+    @property
+    def num_relations(self) -> int:
+        return self.below.num_relations
+
+    def tails(
+        self, heads: npt.ArrayLike, relations: npt.ArrayLike, among: Members | None = None
+    ) -> tuple[Ints, Ints]:
+        """See :meth:`FilterIndex.tails`."""
+        return _united(self.below.tails(heads, relations, among), self.above.tails(heads, relations, among))
+
+    def heads(
+        self, relations: npt.ArrayLike, tails: npt.ArrayLike, among: Members | None = None
+    ) -> tuple[Ints, Ints]:
+        """See :meth:`FilterIndex.heads`."""
+        return _united(self.below.heads(relations, tails, among), self.above.heads(relations, tails, among))
+
+    def relations(self, heads: npt.ArrayLike, tails: npt.ArrayLike) -> tuple[Ints, Ints]:
+        """See :meth:`FilterIndex.relations`."""
+        return _united(self.below.relations(heads, tails), self.above.relations(heads, tails))
+
+
+def only(answers: tuple[Ints, Ints], among: Members | None) -> tuple[Ints, Ints]:
+    """The (rows, values) whose values are among those wanted."""
+    if among is None:
+        return answers
+    wanted = among.positions_in(answers[1])
+    return answers[0][wanted], answers[1][wanted]
+
+
+def _united(one: tuple[Ints, Ints], other: tuple[Ints, Ints]) -> tuple[Ints, Ints]:
+    """Two answers as one, by ascending row and value, what both know once."""
+    if not len(other[0]):
+        return one
+    rows, values = (np.concatenate(parts) for parts in zip(one, other, strict=True))
+    order = np.lexsort((values, rows))
+    rows, values = rows[order], values[order]
+    fresh = np.ones(len(rows), dtype=bool)
+    fresh[1:] = (rows[1:] != rows[:-1]) | (values[1:] != values[:-1])
+    return rows[fresh], values[fresh]
+
+
+def checked(what: str, ids: npt.ArrayLike, limit: int) -> Ints:
     """``ids`` as contiguous int64, every one in ``[0, limit)``."""
     array = np.ascontiguousarray(ids, dtype=np.int64).reshape(-1)
     if array.size and (int(array.min()) < 0 or int(array.max()) >= limit):

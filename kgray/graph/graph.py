@@ -10,8 +10,9 @@ import pyarrow as pa
 
 from kgray.artifact import Artifact
 from kgray.errors import ArtifactError
-from kgray.graph.filter_index import FilterIndex
+from kgray.graph.filter_index import FilterIndex, KnownAnswers, Layered
 from kgray.graph.neighbours import Int64, NeighbourIndex
+from kgray.graph.store import GraphStore
 
 SPLITS = ("train", "valid", "test")
 PSEUDO = "pseudo"
@@ -28,6 +29,7 @@ class Graph:
     undirected: whether a fact holds both ways round; it stands here once, either way.
     held_out: whether entities are held out of training as a whole, be any of their facts support or not.
     entity_ids, entity_names: pyarrow string arrays of N entries in dense-id order; relations alike.
+    store: where the training triples are looked up, if not here; see :meth:`for_training`.
     """
 
     num_entities: int
@@ -40,6 +42,7 @@ class Graph:
     version: str = ""
     undirected: bool = False
     held_out: bool = False
+    store: GraphStore | None = None
 
     @classmethod
     def load(cls, artifact: Artifact) -> Graph:
@@ -52,16 +55,10 @@ class Graph:
         for what, table in (("entities", entities), ("relations", relations)):
             if not np.array_equal(table["id"].to_numpy(), np.arange(len(table))):
                 raise ArtifactError(f"{artifact.uri}: the ids of {what} are not 0..{len(table) - 1} in order")
-        triples = {split: np.empty((0, 3), dtype=np.int64) for split in (SUPPORT, PSEUDO)}
-        for split in (*SPLITS, SUPPORT) if f"triples_{SUPPORT}" in artifact.counts else SPLITS:
-            table = artifact.read_table(f"triples/{split}", columns=["head", "relation", "tail"])
-            triples[split] = np.stack(
-                [table[name].to_numpy().astype(np.int64) for name in ("head", "relation", "tail")], axis=1
-            )
         return cls(
             num_entities=len(entities),
             num_relations=len(relations),
-            triples=triples,
+            triples=_read_triples(artifact, SPLITS),
             entity_ids=entities["external_id"],
             entity_names=entities["name"],
             relation_ids=relations["external_id"],
@@ -70,6 +67,22 @@ class Graph:
             undirected=bool(artifact.counts.get("undirected", 0)),
             held_out=f"triples_{SUPPORT}" in artifact.counts,
         )
+
+    @classmethod
+    def for_training(cls, artifact: Artifact, store: GraphStore) -> Graph:
+        """What a training worker needs: training triples in a store, validation and support triples here, and neither
+        names nor test triples.
+
+        Where the store holds the training triples as an array, they are among :attr:`triples` too.
+        """
+        triples = _read_triples(artifact, ("valid",))
+        if isinstance(store.triples, np.ndarray):
+            triples["train"] = store.triples
+        unnamed = pa.chunked_array([], pa.string())
+        return cls(
+            store.num_entities, store.num_relations, triples, unnamed, unnamed, unnamed, unnamed, artifact.version,
+            bool(artifact.counts.get("undirected", 0)), f"triples_{SUPPORT}" in artifact.counts, store,
+        )  # fmt: skip
 
     @classmethod
     def from_arrays(
@@ -101,6 +114,11 @@ class Graph:
     def message_index(self) -> NeighbourIndex:
         """The edges messages run over in training: training triples, and never any other split."""
         return NeighbourIndex.build(self.triples["train"], self.num_entities, self.num_relations)
+
+    @property
+    def num_train(self) -> int:
+        """Number of training triples."""
+        return len(self.triples["train"] if self.store is None else self.store.triples)
 
     @property
     def targets(self) -> Int64:
@@ -141,3 +159,23 @@ class Graph:
         if self.undirected:
             rows = np.concatenate([rows, rows[:, ::-1]])
         return FilterIndex.build(rows, self.num_entities, self.num_relations)
+
+    def answers(self, splits: Sequence[str]) -> KnownAnswers:
+        """The same facts as those of :meth:`known`; the training ones stay in the store where there is one."""
+        if self.store is None or "train" not in splits:
+            return self.known(splits)
+        rest = [split for split in splits if split != "train"]
+        if not any(len(self.triples[split]) for split in rest):
+            return self.store.known
+        return Layered(self.store.known, self.known(rest))
+
+
+def _read_triples(artifact: Artifact, splits: Sequence[str]) -> dict[str, Int64]:
+    """(n, 3) int64 by split; of support and pseudo too, which may be empty."""
+    triples = {split: np.empty((0, 3), dtype=np.int64) for split in (SUPPORT, PSEUDO)}
+    for split in (*splits, SUPPORT) if f"triples_{SUPPORT}" in artifact.counts else splits:
+        table = artifact.read_table(f"triples/{split}", columns=["head", "relation", "tail"])
+        triples[split] = np.stack(
+            [table[name].to_numpy().astype(np.int64) for name in ("head", "relation", "tail")], axis=1
+        )
+    return triples

@@ -17,7 +17,7 @@ from torch import Tensor
 from kgray.artifact import Artifact
 from kgray.config import from_dict
 from kgray.errors import ArtifactError
-from kgray.graph.neighbours import NeighbourIndex
+from kgray.graph.neighbours import MessageIndex
 from kgray.graph.sampler import NeighbourSampler, step_generator
 from kgray.model.config import ModelConfig
 from kgray.model.decoders import ScaledDecoder
@@ -170,7 +170,7 @@ class EncodedViews:
         return StateScorer(join(self.heads), join(self.tails), join(self.relations), decoders)
 
 
-def encode_all(model: FusedModel, index: NeighbourIndex, *, batch_size: int = ENCODED_AT_ONCE) -> EncodedViews:
+def encode_all(model: FusedModel, index: MessageIndex, *, batch_size: int = ENCODED_AT_ONCE) -> EncodedViews:
     """All entities under the model as it is, over the message graph ``index``; dropout off."""
     was_training = model.training
     model.eval()
@@ -188,7 +188,7 @@ def encode_all(model: FusedModel, index: NeighbourIndex, *, batch_size: int = EN
         model.train(was_training)
 
 
-def scorer_of(model: FusedModel, index: NeighbourIndex) -> StateScorer:
+def scorer_of(model: FusedModel, index: MessageIndex) -> StateScorer:
     """The model as it is, ready to rank."""
     return encode_all(model, index).scorer(float(model.structure_weight))
 
@@ -204,7 +204,7 @@ def _frozen(scaled: ScaledDecoder) -> ScaledDecoder:
     return ScaledDecoder(decoder, scaled.scale.detach().float())
 
 
-def _states(model: FusedModel, index: NeighbourIndex, batch_size: int) -> Iterator[list[tuple[View, States]]]:
+def _states(model: FusedModel, index: MessageIndex, batch_size: int) -> Iterator[list[tuple[View, States]]]:
     device = model.structure_weight.device
     sampler = NeighbourSampler(index, model.config.gnn.inference_fanouts) if model.gnn is not None else None
     for start in range(0, index.num_entities, batch_size):

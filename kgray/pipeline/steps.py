@@ -267,7 +267,15 @@ def _train(
     graph, vectors = work.artifacts["ingest"], _vectors(work, model)
     with relay(run) as on_metrics:
         return distributed.train(
-            draft, work.store, model, train, graph, vectors, vary and vary(work), on_metrics=on_metrics
+            draft,
+            work.store,
+            model,
+            train,
+            graph,
+            vectors,
+            vary and vary(work),
+            on_metrics=on_metrics,
+            reach=work.settings.graph,
         )
 
 

@@ -8,7 +8,7 @@ its score would fall (:mod:`kgray.model.leave_one_out`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -170,9 +170,13 @@ class Explainer:
         """Scores (C,) of all candidates, and the answers known already."""
         a, b = torch.tensor([first]), torch.tensor([second])
         known = self.bundle.known
-        lookup = {"tail": known.tails, "head": known.heads, "relation": known.relations}[task]
+        lookups: dict[str, Callable[..., tuple[Int64, Int64]]] = {
+            "tail": known.tails,
+            "head": known.heads,
+            "relation": known.relations,
+        }
         with torch.no_grad():
-            return score(self.bundle.scorer, task, a, b)[0].float().numpy(), lookup(a, b)[1]
+            return score(self.bundle.scorer, task, a, b)[0].float().numpy(), lookups[task](a, b)[1]
 
     def _addends(
         self, task: str, first: int, second: int, candidates: Sequence[int]

@@ -14,11 +14,12 @@ from typing import Generic, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from kgray.graph.filter_index import FilterIndex
-from kgray.graph.neighbours import Int64, NeighbourIndex
+from kgray.graph.filter_index import KnownAnswers
+from kgray.graph.members import Members
+from kgray.graph.neighbours import Int64
 from kgray.graph.sampler import NeighbourSampler, step_generator
+from kgray.graph.store import AHEAD, GraphStore, Triples
 from kgray.model.config import ModelConfig
 from kgray.model.fused import Neighbourhood
 from kgray.model.objectives import Batch
@@ -30,14 +31,16 @@ B = TypeVar("B")
 class StepMaker(ABC, Generic[B]):
     """Steps of one worker, whatever a batch of them holds.
 
-    triples: (T, 3) int64 training triples; known is built from the same array. limit: triples an epoch, drawn anew for
-    each; None takes all.
+    triples: T training triples; known is built from the same ones. limit: triples an epoch, drawn anew for each; None
+    takes all.
     """
+
+    ahead = AHEAD
 
     def __init__(
         self,
-        triples: Int64,
-        known: FilterIndex,
+        triples: Triples,
+        known: KnownAnswers,
         batch_size: int,
         seed: int,
         rank: int = 0,
@@ -75,10 +78,10 @@ class StepMaker(ABC, Generic[B]):
         return self._order[1][step * size : (step + 1) * size]
 
     def other_answers(
-        self, heads: Int64, relations: Int64, tails: Int64, among: NDArray[np.bool_] | None = None
+        self, heads: Int64, relations: Int64, tails: Int64, among: Members | None = None
     ) -> tuple[Int64, Int64]:
         """Training answers other than the gold one to b triples' tail queries (rows from 0) and head queries (rows
-        from b): query rows and entities. among: (N,) bool, the only entities wanted; None wants all.
+        from b): query rows and entities. among: the only entities wanted; None wants all.
 
         What several triples ask is looked up once: half a batch may ask for the neighbours of one hub of millions.
         """
@@ -88,9 +91,9 @@ class StepMaker(ABC, Generic[B]):
         rows = np.concatenate([rows_t[other_t], rows_h[other_h] + len(heads)])
         return rows, np.concatenate([entities_t[other_t], entities_h[other_h]])
 
-    def epoch(self, epoch: int, first_step: int = 0, ahead: int = 2) -> Iterator[B]:
-        """Batches from ``first_step`` on, made ``ahead`` of their use by a thread."""
-        ready: queue.Queue[B | BaseException | None] = queue.Queue(maxsize=ahead)
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[B]:
+        """Batches from ``first_step`` on, made by a thread, at most :attr:`ahead` of them before their use."""
+        ready: queue.Queue[B | BaseException | None] = queue.Queue(maxsize=self.ahead)
         stop = threading.Event()
 
         def put(item: B | BaseException | None) -> None:
@@ -123,61 +126,47 @@ class StepMaker(ABC, Generic[B]):
             thread.join()
 
 
-class SamePair:
-    """Which of ``triples`` (T, 3) int64 lie between the same two entities, whichever way round."""
-
-    def __init__(self, triples: Int64) -> None:
-        low, high = triples[:, [0, 2]].min(axis=1), triples[:, [0, 2]].max(axis=1)
-        _, self._pair = np.unique(low * (high.max(initial=0) + 1) + high, return_inverse=True)
-        self._order = np.argsort(self._pair, kind="stable")
-        self._count = np.bincount(self._pair)
-        self._start = np.cumsum(self._count) - self._count
-
-    def __call__(self, positions: Int64) -> Int64:
-        """Positions of all triples of the pairs of those at ``positions``, each once."""
-        pairs = np.unique(self._pair[positions])
-        _, places = spread(self._start[pairs], self._count[pairs])
-        return self._order[places]
-
-
 class BatchMaker(StepMaker[Batch]):
     """Batches of the fused model.
 
-    triples: (T, 3) int64 targets, those of ``index`` first; known is built from all of them. pool: (P,) int64 entities
-    that may be candidates, None for all.
+    pseudo: (P, 3) int64 targets after the training triples; they carry no messages. known: answers to training and
+    pseudo triples; None where there are no more than the store's. pool: entities that may be candidates, None for all.
     """
 
     def __init__(
         self,
-        triples: Int64,
-        index: NeighbourIndex,
-        known: FilterIndex,
+        store: GraphStore,
         model: ModelConfig,
-        num_relations: int,
         batch_size: int,
         seed: int,
         rank: int = 0,
         world: int = 1,
         pool: Int64 | None = None,
+        pseudo: Int64 | None = None,
+        known: KnownAnswers | None = None,
     ) -> None:
-        super().__init__(triples, known, batch_size, seed, rank, world)
+        targets: Triples = store.triples if pseudo is None or not len(pseudo) else Appended(store.triples, pseudo)
+        super().__init__(targets, known or store.known, batch_size, seed, rank, world)
+        self.store = store
+        self.ahead = store.ahead
         self.config = model
         self.pool = pool
-        self.num_relations = num_relations
-        self.num_entities = index.num_entities
-        self.edges = index.num_triples  # pseudo-labels, which follow, carry no messages
-        self.sampler = NeighbourSampler(index, model.gnn.fanouts) if model.gnn.kind != "none" else None
-        self.between = SamePair(triples) if model.gnn.remove == "pair" and self.sampler else None
+        self.num_relations = store.num_relations
+        self.num_entities = store.num_entities
+        self.sampler = NeighbourSampler(store.messages, model.gnn.fanouts) if model.gnn.kind != "none" else None
+        self.by_pair = model.gnn.remove == "pair"
         self.one_vs_all = model.objective.kind == "one_vs_all"
         self.candidates = self.num_entities if pool is None else len(pool)
         self.negatives = min(model.objective.negatives, self.candidates)
         self._local = np.full(self.num_entities, -1, dtype=np.int64)
-        self._log_inclusion = self._inclusion(np.bincount(triples[:, [0, 2]].ravel(), minlength=self.num_entities))
+        self._log_inclusion = None if self.one_vs_all else self._inclusion(pseudo)
 
-    def _inclusion(self, degrees: Int64) -> torch.Tensor | None:
+    def _inclusion(self, pseudo: Int64 | None) -> torch.Tensor:
         """(N,) log probability that an entity is among a step's candidates."""
-        if self.one_vs_all:
-            return None
+        # An edge into an entity for each triple it is head of and each it is tail of.
+        degrees = self.store.messages.degrees.astype(np.int64)
+        if pseudo is not None and len(pseudo):
+            degrees = degrees + np.bincount(pseudo[:, [0, 2]].ravel(), minlength=self.num_entities)
         touched = np.minimum(degrees / max(len(self.triples), 1), 1.0)
         absent = (1 - touched) ** self.batch_size * (1 - self.negatives / self.candidates)
         return torch.from_numpy(np.log(np.maximum(1 - absent, 1e-9)).astype(np.float32))
@@ -188,13 +177,15 @@ class BatchMaker(StepMaker[Batch]):
         positions = self._positions(epoch, step)
         heads, relations, tails = self.triples[positions].T
         seeds = self._candidates(heads, tails, generator)
-        own = positions if self.between is None else self.between(positions)
-        own = own[own < self.edges]
-        blocks = self.sampler.sample(seeds, generator, exclude=own) if self.sampler else []
+        blocks = []
+        if self.sampler is not None:
+            own = self.store.same_pair(heads, tails) if self.by_pair else positions
+            own = own[own < len(self.store.triples)]  # pseudo-labels, which follow, carry no messages
+            blocks = self.sampler.sample(seeds, generator, exclude=own)
         local = self._local
         local[seeds] = np.arange(len(seeds))
         head, tail = local[heads], local[tails]
-        known_query, known_candidate = self._known(heads, relations, tails)
+        known_query, known_candidate = self._known(heads, relations, tails, seeds)
         local[seeds] = -1
         return Batch(
             neighbourhood=Neighbourhood.of(torch.from_numpy(seeds), blocks),
@@ -214,21 +205,40 @@ class BatchMaker(StepMaker[Batch]):
             negatives = self.pool[negatives]
         return np.unique(np.concatenate([heads, tails, negatives]))
 
-    def _known(self, heads: Int64, relations: Int64, tails: Int64) -> tuple[Int64, Int64]:
+    def _known(self, heads: Int64, relations: Int64, tails: Int64, seeds: Int64) -> tuple[Int64, Int64]:
         """Query rows and candidate columns of training answers other than the gold one."""
-        rows, entities = self.other_answers(heads, relations, tails, among=self._local >= 0)
+        everybody = len(seeds) == self.num_entities
+        rows, entities = self.other_answers(heads, relations, tails, None if everybody else Members(seeds))
         return rows, self._local[entities]
 
 
+class Appended:
+    """Triples, and others after them."""
+
+    def __init__(self, first: Triples, more: Int64) -> None:
+        self.first, self.more = first, more
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.more)
+
+    def __getitem__(self, positions: Int64) -> Int64:
+        after = positions >= len(self.first)
+        rows = np.empty((len(positions), 3), dtype=np.int64)
+        rows[~after] = self.first[positions[~after]]
+        rows[after] = self.more[positions[after] - len(self.first)]
+        return rows
+
+
 def _once(
-    lookup: Callable[[Int64, Int64], tuple[Int64, Int64]], first: Int64, second: Int64, among: NDArray[np.bool_] | None
+    lookup: Callable[[Int64, Int64, Members | None], tuple[Int64, Int64]],
+    first: Int64,
+    second: Int64,
+    among: Members | None,
 ) -> tuple[Int64, Int64]:
-    """``lookup(first, second)``, but for the answers not ``among`` those wanted."""
+    """``lookup(first, second, among)``, each distinct question asked once."""
     asked, which = np.unique(np.stack([first, second], axis=1), axis=0, return_inverse=True)
-    rows, answers = lookup(*np.ascontiguousarray(asked.T))
-    if among is not None:
-        wanted = among[answers]
-        rows, answers = rows[wanted], answers[wanted]
+    left, right = np.ascontiguousarray(asked.T)
+    rows, answers = lookup(left, right, among)
     lengths = np.bincount(rows, minlength=len(asked))
     starts = np.cumsum(lengths) - lengths
     which = which.reshape(-1)

@@ -9,20 +9,22 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kgray.artifact import Artifact, Draft, Recipe, Store
 from kgray.artifact.filesystem import is_local, resolve
 from kgray.config import to_dict
-from kgray.errors import TrainingError, UserError
+from kgray.errors import GraphStoreError, TrainingError, UserError
+from kgray.graph.config import StoreConfig
 from kgray.machine import local_cores
 from kgray.runtime import cluster_cpus, cluster_gpus, worker_progress
 from kgray.text.config import TextConfig
 from kgray.text.places import EncoderPlace, local_place
 from kgray.training.config import TrainConfig
 from kgray.training.families import TrainableConfig, family_of
+from kgray.training.stores import Access, reaching
 from kgray.training.variations import Cycles, Lesson, Snapshot, Variation, snapshot_file
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ class Job:
     """What every worker is told; small, as it travels to each of them.
 
     vectors: the artifact the model reads, if any; text: what an encoder that learns itself reads, and where it lies.
+    access: how it reaches the graph, set where the job is run.
     """
 
     draft: Draft
@@ -53,6 +56,7 @@ class Job:
     info: Mapping[str, Any]
     text: tuple[TextConfig, EncoderPlace] | None = None
     variation: Variation | None = None
+    access: Access | None = None
 
 
 def train_recipe(
@@ -87,22 +91,32 @@ def train(
     variation: Variation | None = None,
     *,
     on_metrics: OnMetrics | None = None,
+    reach: StoreConfig | None = None,
 ) -> dict[str, Any]:
     """Train on the connected Ray cluster and write the ``model`` artifact; returns its counts.
 
     on_metrics: called with (epoch, metrics) after every report, in Ray Train's controller: it must be picklable.
+    reach: where the graph lies meanwhile; changes no result.
 
     Raises TrainingError for a loss that is not finite or a cluster too small, ConfigError for a model that does not
     fit the data, and Ray's TrainingFailedError when workers fail more than ``train.max_failures`` times.
     """
     info = {"train": to_dict(train), "vectors": None if vectors is None else vectors.version}
     job = Job(draft, graph, vectors, model, train, info, variation=variation)
-    return run_workers(store, train_recipe(store, model, train, graph, vectors, variation).version, job, on_metrics)
+    run = train_recipe(store, model, train, graph, vectors, variation).version
+    return run_workers(store, run, job, on_metrics, reach)
 
 
-def run_workers(store: Store, run: str, job: Job, on_metrics: OnMetrics | None) -> dict[str, Any]:
+def run_workers(
+    store: Store, run: str, job: Job, on_metrics: OnMetrics | None, reach: StoreConfig | None = None
+) -> dict[str, Any]:
     """Do a job on the connected Ray cluster; returns the counts of the artifact written. run: a name that only the same
     job has, by which it finds its checkpoints. Raises as :func:`train` does."""
+    with reaching(store, job.graph, reach or StoreConfig(), job.model, job.variation) as access:
+        return _run_workers(store, run, replace(job, access=access), on_metrics)
+
+
+def _run_workers(store: Store, run: str, job: Job, on_metrics: OnMetrics | None) -> dict[str, Any]:
     from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig
     from ray.train.torch import TorchTrainer
 
@@ -189,7 +203,11 @@ def _loop(config: dict[str, Any]) -> dict[str, Any]:
         worker.device = ray.train.torch.get_device()
         graph, read = _inputs(job, worker)
         done = _fit(job, graph, read, worker)
-        counts = _write(job, graph, done) if worker.rank == 0 else {}
+        if graph.store is not None and (told := graph.store.told()):
+            worker.say("asked of the graph's owners: %s", told)
+        counts = _write(job, done) if worker.rank == 0 else {}
+    except GraphStoreError:
+        raise  # the other workers wait for this one: Ray Train starts all of them again, from the last checkpoint
     except UserError as error:
         # A wrong configuration fails the same way on every worker and every attempt: returned, it is not retried.
         return {"user_error": error}
@@ -220,7 +238,7 @@ def _inputs(job: Job, worker: Worker) -> tuple[Graph, Any]:
     from kgray.text.vectors import load_vectors
     from kgray.training.pseudo import pseudo_labels
 
-    graph = Graph.load(job.graph)
+    graph = Graph.load(job.graph) if job.access is None else job.access.open(worker.rank)
     if job.text is not None:
         text, place = job.text
         return graph, read_texts(job.graph, text, local_place(text, place).path)
@@ -233,9 +251,12 @@ def _inputs(job: Job, worker: Worker) -> tuple[Graph, Any]:
     return graph, None if job.vectors is None else load_vectors(job.vectors)
 
 
-def _write(job: Job, graph: Graph, done: Fit) -> dict[str, Any]:
+def _write(job: Job, done: Fit) -> dict[str, Any]:
     from safetensors.torch import save_file
 
+    from kgray.graph.graph import Graph
+
+    graph = Graph.load(job.graph)  # with names and the facts of all splits, which a model answers with
     info = {
         **job.info,
         "metrics": {done.metric: done.best},

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from kgray.errors import ConfigError, TrainingError
-from kgray.graph.filter_index import FilterIndex
 from kgray.graph.graph import Graph
 from kgray.graph.sampler import step_generator
 from kgray.model.contrastive import ContrastiveBatch, TextScorer, contrastive_loss
@@ -45,7 +44,7 @@ class ContrastiveMaker(StepMaker[ContrastiveBatch]):
         if not len(triples):
             raise TrainingError("no training triple has text on both sides: nothing to tune the encoder with")
         # Of all training triples: an answer is true whether or not this one teaches anything.
-        known: FilterIndex = graph.known(["train"])
+        known = graph.answers(["train"])
         super().__init__(triples, known, train.batch_size, train.seed, rank, world, config.epoch_triples)
         self.texts, self.config = texts, config
         self._column = np.full(texts.num_entities, -1, dtype=np.int64)

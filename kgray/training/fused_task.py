@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 from kgray.errors import ConfigError
 from kgray.graph.graph import PSEUDO, Graph
-from kgray.graph.neighbours import NeighbourIndex
+from kgray.graph.neighbours import MessageIndex
+from kgray.graph.resident import ResidentStore
 from kgray.model.bundle import Scorer, write_bundle
 from kgray.model.config import ModelConfig
 from kgray.model.fused import FusedModel
@@ -34,7 +36,7 @@ def build_model(graph: Graph, vectors: Vectors | None, config: ModelConfig, seed
         raise ConfigError("model.text.kind", config.text.kind, "'none', as there are no text vectors (text is null)")
     LOSSES.get(config.objective.loss)  # an unknown one is told now, not in the first step
     torch.manual_seed(seed)
-    index = graph.message_index()
+    index = graph.message_index() if graph.store is None else graph.store.messages
     entity_text = relation_text = None
     if vectors is not None and config.text.kind != "none":
         entity_text = torch.from_numpy(np.array(vectors.entities))
@@ -49,29 +51,29 @@ class FusedTask(Task[Batch, StateScorer]):
     model: FusedModel
     batches: BatchMaker
 
-    def __init__(self, model: FusedModel, batches: BatchMaker, index: NeighbourIndex) -> None:
+    def __init__(self, model: FusedModel, batches: BatchMaker, index: MessageIndex) -> None:
         self.model, self.batches, self.index = model, batches, index
 
     @classmethod
     def make(
         cls, graph: Graph, vectors: Vectors | None, config: ModelConfig, train: TrainConfig, worker: Worker
     ) -> FusedTask:
-        index = graph.message_index()
+        store = graph.store or ResidentStore.of(graph)
+        graph = replace(graph, store=store)
         model = build_model(graph, vectors, config, train.seed).to(worker.device)
         pool = graph.trained_entities()
         batches = BatchMaker(
-            graph.targets,
-            index,
-            graph.known(["train", PSEUDO]),
+            store,
             config,
-            graph.num_relations,
             train.batch_size,
             train.seed,
             worker.rank,
             worker.world,
             pool,
+            graph.triples[PSEUDO],
+            graph.answers(["train", PSEUDO]),
         )
-        return cls(model, batches, index if pool is None else graph.inference_index())
+        return cls(model, batches, store.messages if pool is None else graph.inference_index())
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         return batch_loss(self.model, batch, self.model.config.objective)

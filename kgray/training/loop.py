@@ -75,7 +75,7 @@ class Trainer:
     ) -> None:
         if snapshots >= train.epochs:
             raise ValueError(f"{snapshots} snapshots and an end need more than {train.epochs} epochs")
-        if not len(graph.triples["train"]):
+        if not graph.num_train:
             raise TrainingError(f"graph {graph.version} has no training triples: nothing to learn from")
         if not len(graph.triples["valid"]):
             raise TrainingError(
@@ -95,7 +95,7 @@ class Trainer:
         epochs = [end - start for start, end in zip([0, *self.ends], self.ends, strict=False)]
         self.optimisers = Optimisers(self.model, train.optimiser, [updates * length for length in epochs])
         self.autocast = autocast_dtype(train.precision, worker.device)
-        self.known = graph.known(filter_splits("valid"))
+        self.known = graph.answers(filter_splits("valid"))
         self.valid = self._valid_share()
         self.position = Position()
         self.run = {

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kgray.errors import ConfigError
-from kgray.graph.filter_index import FilterIndex
+from kgray.graph.filter_index import KnownAnswers
 from kgray.graph.graph import Graph
 from kgray.graph.neighbours import Int64
 from kgray.graph.sampler import step_generator
@@ -31,7 +31,7 @@ class PathBatchMaker(StepMaker[PathBatch]):
     def __init__(
         self,
         triples: Int64,
-        known: FilterIndex,
+        known: KnownAnswers,
         config: PathsConfig,
         batch_size: int,
         seed: int,
@@ -90,7 +90,7 @@ class PathsTask(Task[PathBatch, PathScorer]):
         model = PathModel(config, graph.message_index(), graph.num_relations).to(worker.device)
         batches = PathBatchMaker(
             graph.triples["train"],
-            graph.known(["train"]),
+            graph.answers(["train"]),
             config,
             train.batch_size,
             train.seed,

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kgray.errors import ConfigError
-from kgray.graph.filter_index import FilterIndex
+from kgray.graph.filter_index import KnownAnswers
 from kgray.graph.graph import Graph
 from kgray.graph.neighbours import Int64
 from kgray.model.pair_features import PairIndex
@@ -36,7 +36,7 @@ class PairBatchMaker(StepMaker[PairBatch]):
     def __init__(
         self,
         triples: Int64,
-        known: FilterIndex,
+        known: KnownAnswers,
         index: PairIndex,
         texts: NDArray[np.float16] | None,
         train: TrainConfig,
@@ -91,7 +91,7 @@ class RelationsTask(Task[PairBatch, RelationScorer]):
             remove=config.remove,
             seed=train.seed,
         )
-        batches = PairBatchMaker(triples, graph.known(["train"]), index, texts, train, worker)
+        batches = PairBatchMaker(triples, graph.answers(["train"]), index, texts, train, worker)
         torch.manual_seed(train.seed)
         model = RelationModel(config, *size, index.num_bodies, 0 if texts is None else texts.shape[1])
         support = len(graph.context) > len(triples)

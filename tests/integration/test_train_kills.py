@@ -45,8 +45,8 @@ def write_config(folder: Path, umls: Path, *, epochs: int, workers: int = 1) -> 
     return path
 
 
-def finish(config: Path) -> dict[str, object]:
-    done = subprocess.run(command(config), cwd=REPO, capture_output=True, text=True, timeout=500)
+def finish(config: Path, *overrides: str) -> dict[str, object]:
+    done = subprocess.run([*command(config), *overrides], cwd=REPO, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])  # type: ignore[no-any-return]
 

@@ -127,8 +127,8 @@ def import_blocked(modules: list[str], blocked: tuple[str, ...]) -> subprocess.C
 def ray_free_modules() -> list[str]:
     rooms = ("kgray.model", "kgray.graph", "kgray.reasoning")
     modules = [module_of(path) for path in FILES]
-    # kgray/graph/store.py is to be the one exception: it keeps shards of the graph in Ray actors.
-    chosen = [m for m in modules if room_of(m) in rooms and m != "kgray.graph.store"]
+    # The one exception: it keeps shards of the graph in Ray actors.
+    chosen = [m for m in modules if room_of(m) in rooms and m != "kgray.graph.actors"]
     return [*chosen, "kgray.training.loop"]
 
 

@@ -17,8 +17,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from model_graphs import SMALL
 
-from kgray.graph.filter_index import FilterIndex
 from kgray.graph.graph import Graph
+from kgray.graph.members import Members
+from kgray.graph.resident import ResidentStore
 from kgray.model.features import CandidateFeatures
 from kgray.model.pair_features import PairIndex
 from kgray.reasoning.config import RulesConfig
@@ -52,9 +53,7 @@ def megabytes(call: Callable[[], object]) -> float:
 
 
 def test_a_training_step(star: Graph) -> None:
-    maker = BatchMaker(
-        star.triples["train"], star.message_index(), star.known(["train"]), SMALL, 1, QUERIES, seed=0
-    )
+    maker = BatchMaker(ResidentStore.of(star), SMALL, QUERIES, seed=0)
     assert megabytes(lambda: maker.make(0, 0)) < 100
 
 
@@ -79,8 +78,7 @@ def test_other_answers_are_those_of_the_index() -> None:
     generator = np.random.default_rng(0)
     triples = np.stack([generator.integers(0, n, 300) for n in (12, 3, 12)], axis=1)
     graph = Graph.from_arrays({"train": triples}, 12, 3)
-    known: FilterIndex = graph.known(["train"])
-    maker = BatchMaker(triples, graph.message_index(), known, SMALL, 3, 50, seed=0)
+    maker = BatchMaker(ResidentStore.of(graph), SMALL, 50, seed=0)
     heads, relations, tails = (np.ascontiguousarray(c) for c in triples[:50].T)
     among = generator.random(12) < 0.5
     facts = {tuple(t) for t in triples.tolist()}
@@ -92,5 +90,6 @@ def test_other_answers_are_those_of_the_index() -> None:
             *((50 + i, e) for i, (h, r, t) in enumerate(triples[:50].tolist()) for e in range(12)
               if (e, r, t) in facts and e != h and wanted[e]),
         ]  # fmt: skip
-        rows, entities = maker.other_answers(heads, relations, tails, chosen)
+        members = None if chosen is None else Members(np.flatnonzero(chosen))
+        rows, entities = maker.other_answers(heads, relations, tails, members)
         assert list(zip(rows.tolist(), entities.tolist(), strict=True)) == expected

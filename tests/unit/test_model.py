@@ -22,6 +22,7 @@ from kgray.config import from_dict, to_dict
 from kgray.errors import ArtifactError, ConfigError
 from kgray.evaluation.ranking import filter_splits, rank_triples
 from kgray.graph.graph import SPLITS, Graph
+from kgray.graph.resident import ResidentStore
 from kgray.model.bundle import Bundle, write_bundle
 from kgray.model.config import GnnConfig, ModelConfig, StructureConfig, TextTowerConfig, ablation
 from kgray.model.fused import FusedModel
@@ -34,8 +35,7 @@ from kgray.training.fused_task import build_model
 
 
 def batches(config: ModelConfig, data: Graph, batch_size: int = 16) -> BatchMaker:
-    train = data.triples["train"]
-    return BatchMaker(train, data.message_index(), data.known(["train"]), config, RELATIONS, batch_size, seed=3)
+    return BatchMaker(ResidentStore.of(data), config, batch_size, seed=3)
 
 
 @pytest.mark.parametrize("kind", ["none", *GNNS.names()])

@@ -13,13 +13,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from model_graphs import ENTITIES, ONE_VS_ALL, RELATIONS, SMALL, TRAIN, graph, vectors
+from model_graphs import ENTITIES, ONE_VS_ALL, SMALL, TRAIN, graph, vectors
 from torch import Tensor, nn
 
 from kgray.config import description, to_dict
 from kgray.errors import ArtifactError, ConfigError
 from kgray.evaluation.ranking import rank_triples
 from kgray.graph.graph import SPLITS
+from kgray.graph.resident import ResidentStore
 from kgray.model import decoders as module
 from kgray.model.bundle import Bundle, write_bundle
 from kgray.model.config import DecodingConfig, GnnConfig, ModelConfig, ObjectiveConfig
@@ -344,8 +345,7 @@ def test_a_step_in_bfloat16_gives_finite_gradients_to_all(decoder: str, fusion: 
     data = graph()
     config = replace(SMALL, decoder=decoder, decoding=SHAPE, fusion=fusion)
     model = build_model(data, vectors(), config, seed=0)
-    train = data.triples["train"]
-    batch = BatchMaker(train, data.message_index(), data.known(["train"]), config, RELATIONS, 16, seed=3).make(0, 0)
+    batch = BatchMaker(ResidentStore.of(data), config, 16, seed=3).make(0, 0)
     with torch.autocast("cpu", torch.bfloat16):
         loss, _ = batch_loss(model, batch, config.objective)
     loss.backward()  # type: ignore[no-untyped-call]

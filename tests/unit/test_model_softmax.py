@@ -14,8 +14,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from model_graphs import ONE_VS_ALL, RELATIONS, SMALL, graph
+from model_graphs import ONE_VS_ALL, SMALL, graph
 
+from kgray.graph.resident import ResidentStore
 from kgray.model import softmax
 from kgray.model.config import ModelConfig, ObjectiveConfig
 from kgray.model.fused import Neighbourhood
@@ -118,8 +119,7 @@ def test_the_same_input_gives_the_same_bits() -> None:
 @pytest.mark.parametrize("config", [SMALL, ONE_VS_ALL])
 def test_batches_name_known_answers_by_ascending_query_and_once(config: ModelConfig) -> None:
     data = graph()
-    train, known = data.triples["train"], data.known(["train"])
-    maker = BatchMaker(train, data.message_index(), known, config, RELATIONS, 40, seed=1)
+    maker = BatchMaker(ResidentStore.of(data), config, 40, seed=1)
     for step in range(2):
         batch = maker.make(0, step)
         keys = batch.known_query * len(batch.neighbourhood.nodes) + batch.known_candidate

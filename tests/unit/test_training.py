@@ -23,6 +23,7 @@ from model_graphs import ENTITIES, ONE_VS_ALL, RELATIONS, SMALL, TRAIN, graph, v
 
 from kgray.errors import TrainingError
 from kgray.graph.graph import Graph
+from kgray.graph.resident import ResidentStore
 from kgray.model.config import GnnConfig, TextTowerConfig
 from kgray.model.objectives import batch_loss
 from kgray.training.batches import BatchMaker
@@ -149,7 +150,7 @@ def test_every_triple_is_seen_once_an_epoch_whatever_the_workers(world: int) -> 
     train = data.triples["train"]
     seen: list[int] = []
     for rank in range(world):
-        maker = BatchMaker(train, data.message_index(), data.known(["train"]), SMALL, RELATIONS, 16, 0, rank, world)
+        maker = BatchMaker(ResidentStore.of(data), SMALL, 16, 0, rank, world)
         for step in range(maker.steps):
             seen += maker._positions(1, step).tolist()
     assert sorted(seen) == list(range(len(train)))
@@ -163,7 +164,7 @@ def test_what_carries_no_message_in_a_step(remove: Literal["edge", "pair"]) -> N
     pseudo = np.stack([triples[:, 0], (triples[:, 1] + 1) % 3, triples[:, 2]], axis=1)
     labelled = np.concatenate([triples, pseudo])
     config = replace(SMALL, gnn=replace(SMALL.gnn, fanouts=(-1,), remove=remove))
-    maker = BatchMaker(labelled, data.message_index(), data.known(["train"]), config, 3, 16, 0)
+    maker = BatchMaker(ResidentStore.of(data), config, 16, 0, pseudo=pseudo)
     for step in range(maker.steps):
         positions = maker._positions(0, step)
         asked = [tuple(t) for t in labelled[positions].tolist()]
@@ -182,7 +183,7 @@ def test_what_carries_no_message_in_a_step(remove: Literal["edge", "pair"]) -> N
 
 def test_batches_made_ahead_are_those_made_in_place() -> None:
     data = graph()
-    args = (data.triples["train"], data.message_index(), data.known(["train"]), SMALL, RELATIONS, 16, 0)
+    args = (ResidentStore.of(data), SMALL, 16, 0)
     ahead = list(BatchMaker(*args).epoch(2, first_step=1))
     here = BatchMaker(*args)
     assert len(ahead) == here.steps - 1
@@ -192,7 +193,7 @@ def test_batches_made_ahead_are_those_made_in_place() -> None:
 
 def test_an_error_while_making_a_batch_reaches_the_loop() -> None:
     data = graph()
-    maker = BatchMaker(data.triples["train"], data.message_index(), data.known(["train"]), SMALL, RELATIONS, 16, 0)
+    maker = BatchMaker(ResidentStore.of(data), SMALL, 16, 0)
     maker.triples = maker.triples[:3]
     maker._order = (0, np.arange(900, 1000))
     with pytest.raises(IndexError):
