@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kgray.graph.neighbours import Int64, NeighbourIndex
+from kgray.phases import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,7 @@ class NeighbourSampler:
         for fanout in self.fanouts:
             edges, owner = self._edges(targets, fanout, generator, exclude)
             block = self._block(targets, edges, owner)
+            counted("edges", len(edges))
             blocks.append(block)
             targets = block.nodes
         return blocks[::-1]
