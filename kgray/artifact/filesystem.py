@@ -11,6 +11,7 @@ import errno
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -196,6 +197,17 @@ def write_bytes(filesystem: Any, path: str, data: bytes) -> None:
     make_parent(filesystem, path)
     with filesystem.open_output_stream(path, compression=None) as stream:
         stream.write(data)
+
+
+@contextmanager
+def local_copy(filesystem: Any, path: str) -> Iterator[Path]:
+    """The folder itself where it is local, else a copy of it that is gone afterwards."""
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory(prefix="kgray-copy-") as folder:
+        pafs.copy_files(path, folder, source_filesystem=filesystem)
+        yield Path(folder)
 
 
 def delete_folder(filesystem: Any, path: str) -> None:

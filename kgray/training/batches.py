@@ -9,8 +9,9 @@ from __future__ import annotations
 import queue
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -22,9 +23,25 @@ from kgray.graph.sampler import NeighbourSampler, step_generator
 from kgray.model.config import ModelConfig
 from kgray.model.fused import Neighbourhood
 from kgray.model.objectives import Batch
+from kgray.phases import Phases, counted, phase
 from kgray.reasoning.facts import spread
 
 B = TypeVar("B")
+Batches: TypeAlias = Generator[B, None, None]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What a worker computes at once of a step: a share of its triples, or a part of one.
+
+    share: its number, 0 to world - 1. part, parts: which part of it. triples, of: how many it has, and its share.
+    """
+
+    share: int
+    part: int = 0
+    parts: int = 1
+    triples: int = 1
+    of: int = 1
 
 
 class StepMaker(ABC, Generic[B]):
@@ -32,6 +49,10 @@ class StepMaker(ABC, Generic[B]):
 
     triples: (T, 3) int64 training triples; known is built from the same array. limit: triples an epoch, drawn anew for
     each; None takes all.
+
+    The triples of a step are split into ``world`` shares, and everything in a share's batch is drawn by the number of
+    the share: which worker computes it changes nothing. shares: those this worker takes, in turn; as made, the one of
+    its rank. parts: how many batches a share is computed in.
     """
 
     def __init__(
@@ -48,31 +69,51 @@ class StepMaker(ABC, Generic[B]):
         self.per_epoch = len(triples) if limit is None else min(limit, len(triples))
         self.known = known
         self.batch_size, self.seed, self.rank, self.world = batch_size, seed, rank, world
+        self.size = batch_size * world
+        self.shares: Sequence[int] = (rank,)
+        self.parts = 1
         self._order: tuple[int, Int64] | None = None
 
     @property
     def steps(self) -> int:
         """Steps an epoch, the same for every rank; the last one may be smaller."""
-        return -(-self.per_epoch // (self.batch_size * self.world))
+        return -(-self.per_epoch // self.size)
 
     @abstractmethod
-    def make(self, epoch: int, step: int) -> B:
-        """The batch of one step."""
+    def make(self, epoch: int, step: int, piece: Piece | None = None) -> B:
+        """The batch of one step: that piece of it, by default the share of this worker's rank."""
 
-    def _positions(self, epoch: int, step: int) -> Int64:
-        """Positions of this rank's triples in the step; every triple is in exactly one batch an epoch."""
+    def pieces(self, step: int) -> list[Piece]:
+        """What this worker computes of a step, in turn; as many on every worker that has as many shares."""
+        triples = min(self.size, self.per_epoch - step * self.size)
+        parts = self.parts if triples >= self.parts * self.world else 1
+        pieces = []
+        for share in self.shares:
+            whole = max(1, _length(triples, share, self.world))
+            pieces += [Piece(share, part, parts, _length(whole, part, parts), whole) for part in range(parts)]
+        return pieces
+
+    def _positions(self, epoch: int, step: int, piece: Piece | None = None) -> Int64:
+        """Positions of the triples of a piece; every triple is in exactly one an epoch."""
+        piece = piece or Piece(self.rank)
+        positions = self._share(epoch, step, piece.share)
+        if piece.parts > 1:
+            positions = np.array_split(positions, piece.parts)[piece.part]
+        return positions
+
+    def _share(self, epoch: int, step: int, share: int) -> Int64:
+        """Positions of the triples of a whole share."""
         together = self._together(epoch, step)
-        share = np.array_split(together, self.world)[self.rank]
+        positions = np.array_split(together, self.world)[share]
         # A last step with fewer triples than workers: an empty batch would have no loss, so one is seen twice.
-        return share if len(share) else together[:1]
+        return positions if len(positions) else together[:1]
 
     def _together(self, epoch: int, step: int) -> Int64:
         """Positions of all ranks' triples in the step."""
         if self._order is None or self._order[0] != epoch:
             generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, epoch])))
             self._order = (epoch, generator.permutation(len(self.triples))[: self.per_epoch])
-        size = self.batch_size * self.world
-        return self._order[1][step * size : (step + 1) * size]
+        return self._order[1][step * self.size : (step + 1) * self.size]
 
     def other_answers(
         self, heads: Int64, relations: Int64, tails: Int64, among: NDArray[np.bool_] | None = None
@@ -88,8 +129,12 @@ class StepMaker(ABC, Generic[B]):
         rows = np.concatenate([rows_t[other_t], rows_h[other_h] + len(heads)])
         return rows, np.concatenate([entities_t[other_t], entities_h[other_h]])
 
-    def epoch(self, epoch: int, first_step: int = 0, ahead: int = 2) -> Iterator[B]:
-        """Batches from ``first_step`` on, made ``ahead`` of their use by a thread."""
+    def epoch(self, epoch: int, first_step: int = 0, ahead: int = 2, watch: Phases | None = None) -> Batches[B]:
+        """Batches of the pieces of each step from ``first_step`` on, made ``ahead`` of their use by a thread.
+
+        watch: told what that takes; it may be looked at once this is closed.
+        """
+        sampling = Phases() if watch is None else watch.ahead()
         ready: queue.Queue[B | BaseException | None] = queue.Queue(maxsize=ahead)
         stop = threading.Event()
 
@@ -103,10 +148,15 @@ class StepMaker(ABC, Generic[B]):
 
         def produce() -> None:
             try:
-                for step in range(first_step, self.steps):
-                    if stop.is_set():
-                        return
-                    put(self.make(epoch, step))
+                with sampling.running():
+                    for step in range(first_step, self.steps):
+                        for piece in self.pieces(step):
+                            if stop.is_set():
+                                return
+                            with phase("sampling"):
+                                counted("triples", piece.triples)
+                                batch = self.make(epoch, step, piece)
+                            put(batch)
                 put(None)
             except BaseException as error:  # handed to the consumer, who raises it
                 put(error)
@@ -172,23 +222,27 @@ class BatchMaker(StepMaker[Batch]):
         self.candidates = self.num_entities if pool is None else len(pool)
         self.negatives = min(model.objective.negatives, self.candidates)
         self._local = np.full(self.num_entities, -1, dtype=np.int64)
-        self._log_inclusion = self._inclusion(np.bincount(triples[:, [0, 2]].ravel(), minlength=self.num_entities))
+        self._log_inclusion: dict[int, torch.Tensor] = {}
 
-    def _inclusion(self, degrees: Int64) -> torch.Tensor | None:
-        """(N,) log probability that an entity is among a step's candidates."""
-        if self.one_vs_all:
-            return None
-        touched = np.minimum(degrees / max(len(self.triples), 1), 1.0)
-        absent = (1 - touched) ** self.batch_size * (1 - self.negatives / self.candidates)
-        return torch.from_numpy(np.log(np.maximum(1 - absent, 1e-9)).astype(np.float32))
+    def _inclusion(self, parts: int) -> torch.Tensor:
+        """(N,) log probability that an entity is among the candidates of a share that is computed in so many parts."""
+        if parts not in self._log_inclusion:
+            degrees = np.bincount(self.triples[:, [0, 2]].ravel(), minlength=self.num_entities)
+            touched = np.minimum(degrees / max(len(self.triples), 1), 1.0)
+            absent = (1 - touched) ** (self.batch_size / parts) * (1 - self.negatives / self.candidates)
+            known = torch.from_numpy(np.log(np.maximum(1 - absent, 1e-9)).astype(np.float32))
+            self._log_inclusion[parts] = known
+        return self._log_inclusion[parts]
 
-    def make(self, epoch: int, step: int) -> Batch:
-        """The batch of one step."""
-        generator = step_generator(self.seed, epoch, step, self.rank)
-        positions = self._positions(epoch, step)
+    def make(self, epoch: int, step: int, piece: Piece | None = None) -> Batch:
+        """The batch of one step; the messages of the whole share's triples are withheld, be it computed in parts."""
+        piece = piece or Piece(self.rank)
+        generator = step_generator(self.seed, epoch, step, piece.share)
+        positions = self._positions(epoch, step, piece)
         heads, relations, tails = self.triples[positions].T
         seeds = self._candidates(heads, tails, generator)
-        own = positions if self.between is None else self.between(positions)
+        share = positions if piece.parts == 1 else self._share(epoch, step, piece.share)
+        own = share if self.between is None else self.between(share)
         own = own[own < self.edges]
         blocks = self.sampler.sample(seeds, generator, exclude=own) if self.sampler else []
         local = self._local
@@ -203,7 +257,7 @@ class BatchMaker(StepMaker[Batch]):
             tail=torch.from_numpy(np.concatenate([tail, head])),
             known_query=torch.from_numpy(known_query),
             known_candidate=torch.from_numpy(known_candidate),
-            log_inclusion=None if self._log_inclusion is None else self._log_inclusion[torch.from_numpy(seeds)],
+            log_inclusion=None if self.one_vs_all else self._inclusion(piece.parts)[torch.from_numpy(seeds)],
         )
 
     def _candidates(self, heads: Int64, tails: Int64, generator: np.random.Generator) -> Int64:
@@ -218,6 +272,11 @@ class BatchMaker(StepMaker[Batch]):
         """Query rows and candidate columns of training answers other than the gold one."""
         rows, entities = self.other_answers(heads, relations, tails, among=self._local >= 0)
         return rows, self._local[entities]
+
+
+def _length(whole: int, part: int, parts: int) -> int:
+    """How many of ``whole`` things np.array_split puts into a part."""
+    return whole // parts + (part < whole % parts)
 
 
 def _once(
