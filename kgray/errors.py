@@ -113,6 +113,10 @@ class TrainingError(UserError):
     """Training cannot go on, by data or configuration: a non-finite loss, too few resources."""
 
 
+class OutOfMemoryError(TrainingError):
+    """Training does not fit into memory, with its batches halved already."""
+
+
 class ArtifactError(KgrayError):
     """An artifact is missing, incomplete or damaged."""
 

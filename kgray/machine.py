@@ -82,6 +82,31 @@ def physical_memory() -> int:
     return min(memory, int(limit)) if limit.isdigit() else memory
 
 
+def available_memory() -> int:
+    """Bytes of memory that a new process could have, the container's limit (cgroup v2) respected; all there is where
+    the system does not say."""
+    available = physical_memory()
+    try:
+        with Path("/proc/meminfo").open(encoding="ascii") as lines:
+            free = next(line for line in lines if line.startswith("MemAvailable:"))
+        available = min(available, int(free.split()[1]) << 10)
+    except (OSError, StopIteration, ValueError):
+        pass
+    try:
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
+    except OSError:
+        return available
+    return min(available, max(0, int(limit) - int(used))) if limit.isdigit() else available
+
+
+def resident_memory() -> int:
+    """Bytes of memory this process holds now; 0 where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
 @cache
 def computes_bfloat16() -> bool:
     """Whether this machine's processor multiplies bfloat16 natively (AVX512-BF16, AMX, or Arm's BF16).

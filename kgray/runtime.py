@@ -17,13 +17,13 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from kgray.config import ConfigPath, configuration, option
 from kgray.errors import ClusterError, ConfigError, KgrayError
-from kgray.machine import local_cores, physical_memory
+from kgray.machine import available_memory, local_cores, physical_memory
 
 log = logging.getLogger(__name__)
 
@@ -151,6 +151,38 @@ def cluster_cpus() -> int:
 def cluster_gpus() -> int:
     """GPUs of the connected cluster."""
     return int(_resources().get("GPU", 0))
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a node of the cluster has. memory: bytes that processes there could still have."""
+
+    node: str
+    cpus: float
+    memory: int
+
+
+def cluster_rooms() -> list[Room]:
+    """The nodes of the connected cluster that have CPUs, each asked itself; one that dies meanwhile is left out."""
+    import ray
+    from ray.exceptions import RayError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    asked = ray.remote(num_cpus=0)(available_memory)
+    found = []
+    for node in ray.nodes():
+        cpus = node["Resources"].get("CPU", 0.0)
+        if node["Alive"] and cpus:
+            here = node["NodeID"] == ray.get_runtime_context().get_node_id()
+            # No process need be started to ask the machine this one runs on.
+            strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            memory = available_memory() if here else asked.options(scheduling_strategy=strategy).remote()
+            found.append((str(node["NodeManagerAddress"]), float(cpus), memory))
+    rooms = []
+    for name, cpus, memory in found:
+        with suppress(RayError):
+            rooms.append(Room(name, cpus, memory if isinstance(memory, int) else ray.get(memory)))
+    return rooms
 
 
 def device_kind() -> Literal["cuda", "cpu"]:

@@ -11,6 +11,7 @@ import errno
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -209,6 +210,17 @@ def copy_file(filesystem: Any, source: str, target: str) -> None:
             shutil.copyfile(source, target)
         return
     filesystem.copy_file(source, target)
+
+
+@contextmanager
+def local_copy(filesystem: Any, path: str) -> Iterator[Path]:
+    """The folder itself where it is local, else a copy of it that is gone afterwards."""
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory(prefix="kgray-copy-") as folder:
+        pafs.copy_files(path, folder, source_filesystem=filesystem)
+        yield Path(folder)
 
 
 def delete_folder(filesystem: Any, path: str) -> None:

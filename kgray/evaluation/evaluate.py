@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2  # 2: members of an ensemble and calibration are measured
+FORMAT = 3  # 2: members of an ensemble and calibration are measured; 3: where the time of training went
 _SHARDS_A_WORKER = 4  # so that a slow worker holds up the end by a quarter of its share, not by all of it
 _LOG_SECONDS = 10.0
 

@@ -14,6 +14,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from kgray.evaluation.shards import RANK_EDGES
+from kgray.evaluation.timings import columns
 
 INK, MUTED, GRID = "#1f2328", "#6a7078", "#d7dade"
 TAIL, HEAD, RELATION, MODEL, OTHER, VARIANT = "#2a78d6", "#eb6834", "#1baf7a", "#2a78d7", "#9aa1a9", "#4a3aa7"
@@ -29,6 +30,19 @@ VARIABLES = {
     VARIANT: "variant",
 }
 _SIDE_COLOURS = {"tail": TAIL, "head": HEAD, "relation": RELATION}
+_PHASE_COLOURS = {
+    "sampling": "#8c5a2b",
+    "fetching": "#c08a3e",
+    "encoding": "#4a3aa7",
+    "forward": "#2a78d6",
+    "backward": "#1f9fb0",
+    "exchange": "#eb6834",
+    "optimiser": "#1baf7a",
+    "waiting": "#d64550",
+    "evaluation": "#b06fc4",
+    "checkpointing": "#7a8f2f",
+}
+"""Mid tones, readable on light and dark; what stands in no phase is grey."""
 _MOST_RELATIONS = 40
 _STYLE = {
     "svg.fonttype": "none",
@@ -65,6 +79,7 @@ def all_plots(report: Mapping[str, Any]) -> dict[str, str]:
             "relations": _relations,
             "training": _training,
             "reliability": _reliability,
+            "timings": _timings,
         }.items():
             figure = draw(report)
             if figure is not None:
@@ -211,6 +226,29 @@ def _reliability(report: Mapping[str, Any]) -> Figure | None:
         axes.set_xlabel("probability of the first answer")
         axes.grid(axis="both")
     figure.axes[0].set_ylabel("share that is right")
+    return figure
+
+
+def _timings(report: Mapping[str, Any]) -> Figure | None:
+    """A bar a model, stacked by phase, as shares of its time."""
+    found = report["timings"]
+    phases = columns(found)
+    if not phases:
+        return None
+    figure = Figure(figsize=(7.4, 0.42 * len(found) + 1.1))
+    axes = figure.subplots()
+    left = [0.0] * len(found)
+    for phase in phases:
+        shares = [row["seconds"].get(phase, (0, 0, 0))[1] / (row["wall"][1] or 1.0) for row in found.values()]
+        colour = _PHASE_COLOURS.get(phase, OTHER)
+        axes.barh(range(len(found)), shares, left=left, height=0.62, color=colour, label=phase)
+        left = [start + share for start, share in zip(left, shares, strict=True)]
+    names = [f"{name.replace('_', ' ')} ({row['wall'][1]:,.0f} s)" for name, row in found.items()]
+    axes.set_yticks(range(len(found)), names)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("share of the time")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=5)
     return figure
 
 

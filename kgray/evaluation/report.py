@@ -13,6 +13,7 @@ from kgray.evaluation.counts import KINDS
 from kgray.evaluation.ranking import filter_splits
 from kgray.evaluation.reliability import metrics_of
 from kgray.evaluation.shards import RANK_EDGES, Measured
+from kgray.evaluation.timings import columns, timings
 from kgray.graph.graph import SUPPORT
 
 METRICS = ("mrr", "hits@1", "hits@3", "hits@10", "mr", "amri", "ties", "count")
@@ -41,7 +42,7 @@ def report_of(
     links = {name: scores.metrics(config.split) for name, scores in measured.links.items()}
     relations = graph.read_table("relations.parquet", columns=["external_id"])["external_id"].to_pylist()
     return {
-        "format": 2,
+        "format": 3,
         "split": config.split,
         "keys": {side: counts.key(side) for side in counts.sides()},
         "filtered_by": [s for s in filter_splits(config.split) if s != SUPPORT or f"triples_{s}" in graph.counts],
@@ -73,6 +74,7 @@ def report_of(
         "histogram": {side: counts.tolist() for side, counts in measured.histogram.items()},
         "histogram_edges": list(RANK_EDGES),
         "history": _history(model),
+        "timings": timings(model, versions),
         "counts": counts.to_json(),
     }
 
@@ -125,6 +127,7 @@ def render_html(report: Mapping[str, Any], plots: Mapping[str, str]) -> str:
         links=LINKS,
         main="both" if "both" in sides else sides[0],
         rows=_comparison(report),
+        phases=columns(report["timings"]),
         most=_MOST_ROWS,
     )
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from kgray.graph.members import Members
 from kgray.graph.neighbours import Edges, Int64, Ints, MessageIndex
+from kgray.phases import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,7 @@ class NeighbourSampler:
                 keep = ~removed(edges.triples)
                 edges, owner = Edges(*(part[keep] for part in edges)), owner[keep]
             block = self._block(targets, edges, owner)
+            counted("edges", len(edges))
             blocks.append(block)
             targets = block.nodes
         return blocks[::-1]

@@ -19,6 +19,7 @@ from kgray.graph.neighbours import Int64
 from kgray.model.pair_features import Bag, PairIndex
 from kgray.model.relations_config import RelationsConfig
 from kgray.model.towers import Table
+from kgray.phases import counted, phase
 
 UNLIKELY = -1e4
 """Instead of minus infinity, which has no gradient under bfloat16."""
@@ -116,14 +117,18 @@ class RelationModel(nn.Module):
         if self.num_bodies:
             views.append(self._paths(pairs))
         if self.text_dim and pairs.text_head is not None and pairs.text_tail is not None:
-            views += _meeting(self.text[0](pairs.text_head), self.text[1](pairs.text_tail))
+            with phase("encoding"):
+                read = self.text[0](pairs.text_head), self.text[1](pairs.text_tail)
+            views += _meeting(*read)
         together = torch.cat([norm(view) for norm, view in zip(self.norms, views, strict=True)], dim=1)
         hidden = self.drop(torch.relu(self.hidden(self.drop(together))))
         logits: Tensor = self.out(hidden)
         return logits.float()
 
     def _own(self, entities: Tensor) -> Tensor:
-        vectors: Tensor = self.entities(entities)
+        with phase("fetching"):
+            counted("rows", len(entities))
+            vectors: Tensor = self.entities(entities)
         if self.training and self.config.drop:
             kept = torch.rand(len(entities), 1, device=vectors.device) >= self.config.drop
             vectors = vectors * kept

@@ -19,7 +19,8 @@ _ROWS = 128
 _CACHED = 1 << 18
 """Float32 scores worked on at once on a CPU, 1 MiB; elsewhere there is no cache to keep them in."""
 
-_KEPT = {"cpu": 1 << 26}
+KEPT_ON_CPU = 1 << 26
+_KEPT = {"cpu": KEPT_ON_CPU}
 _KEPT_ELSEWHERE = 1 << 28
 """Gradients of scores kept at once: a larger matrix is gone through in several parts."""
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kgray.errors import ConfigError, StorageError
+from kgray.phases import counted, phase
 from kgray.text.encoder import check_length, load_encoder, load_tokenizer, position_offset
 from kgray.text.tokens import Int64, Packed, Texts, batches, pack
 from kgray.text.tuning_config import TuningConfig
@@ -108,10 +109,12 @@ class TunedEncoder(nn.Module):
         """(n, d) float32 vectors of length 1, zero for a sequence without tokens."""
         if not len(packed.places):
             return self.log_scale.new_zeros(len(packed.back), int(self.model.config.hidden_size))
-        states = self._states(packed)
-        parts = [self._pooled(part, n, length) for part, (n, length) in _grouped(states, packed.groups)]
-        vectors = F.normalize(torch.cat(parts).float(), dim=-1)
-        return vectors.index_select(0, torch.from_numpy(packed.back).to(vectors.device))
+        with phase("encoding"):
+            counted("tokens", len(packed.places))
+            states = self._states(packed)
+            parts = [self._pooled(part, n, length) for part, (n, length) in _grouped(states, packed.groups)]
+            vectors = F.normalize(torch.cat(parts).float(), dim=-1)
+            return vectors.index_select(0, torch.from_numpy(packed.back).to(vectors.device))
 
     def encode(self, rows: Int64, continued: Int64 | None = None) -> Tensor:
         """(n, d) float32 vectors of texts (see :func:`~kgray.text.tokens.pack`), without gradient or dropout."""
@@ -132,7 +135,9 @@ class TunedEncoder(nn.Module):
     def _states(self, packed: Packed) -> Tensor:
         places = torch.from_numpy(packed.places)
         if self._stored is not None:
-            states = self._stored[places].to(self.ids.device)
+            with phase("fetching"):
+                counted("rows", len(places))
+                states = self._stored[places].to(self.ids.device)
             return self._layers(states, packed.groups, self.frozen_layers, None)
         if self.flat:
             return self._layers(self._embedded(places, packed.groups), packed.groups, 0, None)

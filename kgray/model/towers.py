@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from kgray.model.config import StructureConfig, TextTowerConfig
+from kgray.phases import counted, phase
 
 
 class FrozenText(nn.Module):
@@ -36,13 +37,16 @@ class FrozenText(nn.Module):
 
     def forward(self, rows: Tensor, new: Tensor | None = None) -> Tensor:
         """(n,) ids -> (n, dim). new: (m, width) text vectors of entities without stored ones, whose ids follow."""
-        if new is None:
-            text = self.vectors[rows]
-        else:
-            count = len(self.vectors)
-            text = self.vectors[rows.clamp(max=count - 1)]
-            text[rows >= count] = new[rows[rows >= count] - count].to(text.dtype)
-        return self.project(text.to(self.linear.weight.dtype))
+        with phase("fetching"):
+            counted("rows", len(rows))
+            if new is None:
+                text = self.vectors[rows]
+            else:
+                count = len(self.vectors)
+                text = self.vectors[rows.clamp(max=count - 1)]
+                text[rows >= count] = new[rows[rows >= count] - count].to(text.dtype)
+        with phase("encoding"):
+            return self.project(text.to(self.linear.weight.dtype))
 
     def project(self, text: Tensor) -> Tensor:
         """(n, width) text vectors of any entity, known or new -> (n, dim)."""
@@ -80,4 +84,7 @@ class StructuralTable(nn.Module):
         if self.training and self.drop:
             has = has & (torch.rand(len(rows), device=rows.device) >= self.drop)
         mask = has[:, None]
-        return self.table(stored) * mask, mask
+        with phase("fetching"):
+            counted("rows", len(rows))
+            vectors = self.table(stored)
+        return vectors * mask, mask

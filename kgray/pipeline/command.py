@@ -85,6 +85,10 @@ def run_job(job: str, options: argparse.Namespace) -> dict[str, Any]:
     if options.show_config:
         print(show_config(settings), end="", flush=True)
         return {"_said": True}  # nothing was done, and what was printed can be saved as a YAML file
+    if getattr(options, "dry_run", False):
+        from kgray.pipeline.dry_run import dry_run
+
+        return dry_run(settings, options.config)
     return execute(
         job, settings, Path(options.config).stem, keep_serving=getattr(options, "keep_serving", False)
     )
@@ -159,6 +163,10 @@ def parser_of(job: str) -> argparse.ArgumentParser:
         said = "a file or glob of queries, for predict.queries; may be given several times"
         parser.add_argument("--queries", metavar="FILE", action="append", help=said)
         parser.add_argument("--output", metavar="FILE", help="one Parquet file of all answers, for predict.output")
+    if job == "train":
+        parser.add_argument(
+            "--dry-run", action="store_true", help="tell what memory, disk and time training needs, and do not train"
+        )
     if job in ("deploy", "pipeline"):
         parser.add_argument(
             "--keep-serving", action="store_true", help="stay in the foreground and answer until Ctrl-C"

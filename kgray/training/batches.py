@@ -9,11 +9,13 @@ from __future__ import annotations
 import queue
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeAlias, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kgray.graph.filter_index import KnownAnswers
 from kgray.graph.members import Members
@@ -23,9 +25,25 @@ from kgray.graph.store import AHEAD, GraphStore, Triples
 from kgray.model.config import ModelConfig
 from kgray.model.fused import Neighbourhood
 from kgray.model.objectives import Batch
+from kgray.phases import Phases, counted, phase
 from kgray.reasoning.facts import spread
 
 B = TypeVar("B")
+Batches: TypeAlias = Generator[B, None, None]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What a worker computes at once of a step: a share of its triples, or a part of one.
+
+    share: its number, 0 to world - 1. part, parts: which part of it. triples, of: how many it has, and its share.
+    """
+
+    share: int
+    part: int = 0
+    parts: int = 1
+    triples: int = 1
+    of: int = 1
 
 
 class StepMaker(ABC, Generic[B]):
@@ -33,6 +51,10 @@ class StepMaker(ABC, Generic[B]):
 
     triples: T training triples; known is built from the same ones. limit: triples an epoch, drawn anew for each; None
     takes all.
+
+    The triples of a step are split into ``world`` shares, and everything in a share's batch is drawn by the number of
+    the share: which worker computes it changes nothing. shares: those this worker takes, in turn; as made, the one of
+    its rank. parts: how many batches a share is computed in.
     """
 
     ahead = AHEAD
@@ -51,31 +73,51 @@ class StepMaker(ABC, Generic[B]):
         self.per_epoch = len(triples) if limit is None else min(limit, len(triples))
         self.known = known
         self.batch_size, self.seed, self.rank, self.world = batch_size, seed, rank, world
+        self.size = batch_size * world
+        self.shares: Sequence[int] = (rank,)
+        self.parts = 1
         self._order: tuple[int, Int64] | None = None
 
     @property
     def steps(self) -> int:
         """Steps an epoch, the same for every rank; the last one may be smaller."""
-        return -(-self.per_epoch // (self.batch_size * self.world))
+        return -(-self.per_epoch // self.size)
 
     @abstractmethod
-    def make(self, epoch: int, step: int) -> B:
-        """The batch of one step."""
+    def make(self, epoch: int, step: int, piece: Piece | None = None) -> B:
+        """The batch of one step: that piece of it, by default the share of this worker's rank."""
 
-    def _positions(self, epoch: int, step: int) -> Int64:
-        """Positions of this rank's triples in the step; every triple is in exactly one batch an epoch."""
+    def pieces(self, step: int) -> list[Piece]:
+        """What this worker computes of a step, in turn; as many on every worker that has as many shares."""
+        triples = min(self.size, self.per_epoch - step * self.size)
+        parts = self.parts if triples >= self.parts * self.world else 1
+        pieces = []
+        for share in self.shares:
+            whole = max(1, _length(triples, share, self.world))
+            pieces += [Piece(share, part, parts, _length(whole, part, parts), whole) for part in range(parts)]
+        return pieces
+
+    def _positions(self, epoch: int, step: int, piece: Piece | None = None) -> Int64:
+        """Positions of the triples of a piece; every triple is in exactly one an epoch."""
+        piece = piece or Piece(self.rank)
+        positions = self._share(epoch, step, piece.share)
+        if piece.parts > 1:
+            positions = np.array_split(positions, piece.parts)[piece.part]
+        return positions
+
+    def _share(self, epoch: int, step: int, share: int) -> Int64:
+        """Positions of the triples of a whole share."""
         together = self._together(epoch, step)
-        share = np.array_split(together, self.world)[self.rank]
+        positions = np.array_split(together, self.world)[share]
         # A last step with fewer triples than workers: an empty batch would have no loss, so one is seen twice.
-        return share if len(share) else together[:1]
+        return positions if len(positions) else together[:1]
 
     def _together(self, epoch: int, step: int) -> Int64:
         """Positions of all ranks' triples in the step."""
         if self._order is None or self._order[0] != epoch:
             generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, epoch])))
             self._order = (epoch, generator.permutation(len(self.triples))[: self.per_epoch])
-        size = self.batch_size * self.world
-        return self._order[1][step * size : (step + 1) * size]
+        return self._order[1][step * self.size : (step + 1) * self.size]
 
     def other_answers(
         self, heads: Int64, relations: Int64, tails: Int64, among: Members | None = None
@@ -91,8 +133,13 @@ class StepMaker(ABC, Generic[B]):
         rows = np.concatenate([rows_t[other_t], rows_h[other_h] + len(heads)])
         return rows, np.concatenate([entities_t[other_t], entities_h[other_h]])
 
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[B]:
-        """Batches from ``first_step`` on, made by a thread, at most :attr:`ahead` of them before their use."""
+    def epoch(self, epoch: int, first_step: int = 0, watch: Phases | None = None) -> Batches[B]:
+        """Batches of the pieces of each step from ``first_step`` on, made by a thread, at most :attr:`ahead` of them
+        before their use.
+
+        watch: told what that takes; it may be looked at once this is closed.
+        """
+        sampling = Phases() if watch is None else watch.ahead()
         ready: queue.Queue[B | BaseException | None] = queue.Queue(maxsize=self.ahead)
         stop = threading.Event()
 
@@ -106,10 +153,15 @@ class StepMaker(ABC, Generic[B]):
 
         def produce() -> None:
             try:
-                for step in range(first_step, self.steps):
-                    if stop.is_set():
-                        return
-                    put(self.make(epoch, step))
+                with sampling.running():
+                    for step in range(first_step, self.steps):
+                        for piece in self.pieces(step):
+                            if stop.is_set():
+                                return
+                            with phase("sampling"):
+                                counted("triples", piece.triples)
+                                batch = self.make(epoch, step, piece)
+                            put(batch)
                 put(None)
             except BaseException as error:  # handed to the consumer, who raises it
                 put(error)
@@ -159,27 +211,39 @@ class BatchMaker(StepMaker[Batch]):
         self.candidates = self.num_entities if pool is None else len(pool)
         self.negatives = min(model.objective.negatives, self.candidates)
         self._local = np.full(self.num_entities, -1, dtype=np.int64)
-        self._log_inclusion = None if self.one_vs_all else self._inclusion(pseudo)
+        self._touched = None if self.one_vs_all else self._share_of_steps(pseudo)
+        self._log_inclusion: dict[int, torch.Tensor] = {}
 
-    def _inclusion(self, pseudo: Int64 | None) -> torch.Tensor:
-        """(N,) log probability that an entity is among a step's candidates."""
+    def _share_of_steps(self, pseudo: Int64 | None) -> NDArray[np.float64]:
+        """(N,) chance that a triple drawn holds an entity."""
         # An edge into an entity for each triple it is head of and each it is tail of.
         degrees = self.store.messages.degrees.astype(np.int64)
         if pseudo is not None and len(pseudo):
             degrees = degrees + np.bincount(pseudo[:, [0, 2]].ravel(), minlength=self.num_entities)
-        touched = np.minimum(degrees / max(len(self.triples), 1), 1.0)
-        absent = (1 - touched) ** self.batch_size * (1 - self.negatives / self.candidates)
-        return torch.from_numpy(np.log(np.maximum(1 - absent, 1e-9)).astype(np.float32))
+        return np.minimum(degrees / max(len(self.triples), 1), 1.0)
 
-    def make(self, epoch: int, step: int) -> Batch:
-        """The batch of one step."""
-        generator = step_generator(self.seed, epoch, step, self.rank)
-        positions = self._positions(epoch, step)
+    def _inclusion(self, parts: int) -> torch.Tensor | None:
+        """(N,) log probability that an entity is among the candidates of a share that is computed in so many parts;
+        None where all always are."""
+        if self._touched is not None and parts not in self._log_inclusion:
+            absent = (1 - self._touched) ** (self.batch_size / parts) * (1 - self.negatives / self.candidates)
+            known = torch.from_numpy(np.log(np.maximum(1 - absent, 1e-9)).astype(np.float32))
+            self._log_inclusion[parts] = known
+        return self._log_inclusion.get(parts)
+
+    def make(self, epoch: int, step: int, piece: Piece | None = None) -> Batch:
+        """The batch of one step; the messages of the whole share's triples are withheld, be it computed in parts."""
+        piece = piece or Piece(self.rank)
+        generator = step_generator(self.seed, epoch, step, piece.share)
+        positions = self._positions(epoch, step, piece)
         heads, relations, tails = self.triples[positions].T
         seeds = self._candidates(heads, tails, generator)
         blocks = []
         if self.sampler is not None:
-            own = self.store.same_pair(heads, tails) if self.by_pair else positions
+            own = positions if piece.parts == 1 else self._share(epoch, step, piece.share)
+            if self.by_pair:
+                ends = self.triples[own]
+                own = self.store.same_pair(ends[:, 0], ends[:, 2])
             own = own[own < len(self.store.triples)]  # pseudo-labels, which follow, carry no messages
             blocks = self.sampler.sample(seeds, generator, exclude=own)
         local = self._local
@@ -187,6 +251,7 @@ class BatchMaker(StepMaker[Batch]):
         head, tail = local[heads], local[tails]
         known_query, known_candidate = self._known(heads, relations, tails, seeds)
         local[seeds] = -1
+        inclusion = self._inclusion(piece.parts)
         return Batch(
             neighbourhood=Neighbourhood.of(torch.from_numpy(seeds), blocks),
             head=torch.from_numpy(np.concatenate([head, tail])),
@@ -194,7 +259,7 @@ class BatchMaker(StepMaker[Batch]):
             tail=torch.from_numpy(np.concatenate([tail, head])),
             known_query=torch.from_numpy(known_query),
             known_candidate=torch.from_numpy(known_candidate),
-            log_inclusion=None if self._log_inclusion is None else self._log_inclusion[torch.from_numpy(seeds)],
+            log_inclusion=None if inclusion is None else inclusion[torch.from_numpy(seeds)],
         )
 
     def _candidates(self, heads: Int64, tails: Int64, generator: np.random.Generator) -> Int64:
@@ -227,6 +292,11 @@ class Appended:
         rows[~after] = self.first[positions[~after]]
         rows[after] = self.more[positions[after] - len(self.first)]
         return rows
+
+
+def _length(whole: int, part: int, parts: int) -> int:
+    """How many of ``whole`` things np.array_split puts into a part."""
+    return whole // parts + (part < whole % parts)
 
 
 def _once(

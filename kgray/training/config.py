@@ -68,11 +68,21 @@ class TrainConfig:
     valid_triples: int | None = option(None, "Validate on this many seeded validation triples; null takes all.")
     checkpoint_steps: int = option(0, "Steps between checkpoints within an epoch; 0 writes one an epoch only.")
     workers: int = option(1, "Ray Train workers.")
+    least_workers: int | None = option(
+        None,
+        "Fewest workers to go on with where the cluster cannot hold all; each then computes the shares of several, and "
+        "the model is the same up to rounding. Null: all or none.",
+    )
     device: Literal["auto", "cpu", "cuda"] = option(
         "auto", "Where workers compute; auto takes GPUs where there are enough."
     )
     cpus_per_worker: float | None = option(None, "Logical CPUs a worker reserves; null shares what the cluster has.")
     max_failures: int = option(2, "Worker failures survived by restarting from the last checkpoint.")
+    preflight: Literal["check", "force", "off"] = option(
+        "check",
+        "Before training: what memory, disk and time it needs, against what is there. check: refuses what does not "
+        "fit; force: only tells; off: does not look.",
+    )
 
     def __post_init__(self) -> None:
         for key in ("epochs", "batch_size", "accumulate", "evaluate_every", "patience", "workers"):
@@ -85,5 +95,8 @@ class TrainConfig:
             raise ConfigError("adversarial", self.adversarial, "a length of 0 or more")
         if self.valid_triples is not None and self.valid_triples < 1:
             raise ConfigError("valid_triples", self.valid_triples, "a number of 1 or more, or null")
+        if self.least_workers is not None and not 1 <= self.least_workers <= self.workers:
+            expected = f"null, or a number from 1 to train.workers={self.workers}"
+            raise ConfigError("least_workers", self.least_workers, expected)
         if self.cpus_per_worker is not None and self.cpus_per_worker <= 0:
             raise ConfigError("cpus_per_worker", self.cpus_per_worker, "a number above 0, or null")

@@ -6,20 +6,20 @@ killed, and another recipe can never pick up its checkpoints.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kgray.artifact import Artifact, Draft, Recipe, Store
-from kgray.artifact.filesystem import is_local, resolve
+from kgray.artifact.filesystem import is_local, join, local_copy, resolve
 from kgray.config import to_dict
-from kgray.errors import GraphStoreError, TrainingError, UserError
+from kgray.errors import GraphStoreError, OutOfMemoryError, TrainingError, UserError
 from kgray.graph.config import StoreConfig
 from kgray.machine import local_cores
-from kgray.runtime import cluster_cpus, cluster_gpus, worker_progress
+from kgray.runtime import cluster_cpus, cluster_gpus, cluster_rooms, remote_errors, worker_progress
 from kgray.text.config import TextConfig
 from kgray.text.places import EncoderPlace, local_place
 from kgray.training.config import TrainConfig
@@ -36,8 +36,12 @@ log = logging.getLogger(__name__)
 
 FORMAT = 2  # 2: decoders of the fused model are stored with its states
 OnMetrics = Callable[[int, Mapping[str, float]], None]
+PHASES_FILE = "phases.json"
+"""Where a trained artifact tells what its time went into. It is how a run went, not what it computed: not a word of the
+version, and readers do without it."""
+
 _RUNS = "train"
-_NOT_IDENTITY = ("device", "cpus_per_worker", "max_failures", "checkpoint_steps")
+_NOT_IDENTITY = ("device", "cpus_per_worker", "max_failures", "checkpoint_steps", "least_workers", "preflight")
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,9 @@ def train_recipe(
 
 def identity(train: TrainConfig) -> dict[str, Any]:
     """What of it decides the weights."""
-    return {k: v for k, v in to_dict(train).items() if k not in _NOT_IDENTITY}
+    decides = {k: v for k, v in to_dict(train).items() if k not in _NOT_IDENTITY}
+    # Of several workers' shares each draws its dropout by its own number, not as the stream of whoever computes it.
+    return decides | ({"dropout": "by share"} if train.workers > 1 else {})
 
 
 def train(
@@ -119,25 +125,42 @@ def run_workers(
 def _run_workers(store: Store, run: str, job: Job, on_metrics: OnMetrics | None) -> dict[str, Any]:
     from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig
     from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    from kgray.training.ray_worker import Halving, reporter
 
     train = job.train
     place = store.scratch(_RUNS)
     filesystem, path = (None, place) if is_local(place) else resolve(place)
-    trainer = TorchTrainer(
-        _loop,
-        train_loop_config={"job": job},
-        scaling_config=_scaling(train),
-        run_config=RunConfig(
-            name=run,
-            storage_path=path,
-            storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=train.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
-            logging_config=LoggingConfig("WARNING"),
-            callbacks=[] if on_metrics is None else [_reporter(on_metrics)],
-        ),
-    )
-    outcome = trainer.fit().return_value
+    scaling = _scaling(train)
+    preflight(store, job, scaling.resources_per_worker["CPU"])
+    halving = Halving(join(place, run))
+    halved = halving.reason() is not None
+
+    def attempt() -> dict[str, Any]:
+        trainer = TorchTrainer(
+            _loop,
+            train_loop_config={"job": job, "run": join(place, run)},
+            scaling_config=scaling,
+            run_config=RunConfig(
+                name=run,
+                storage_path=path,
+                storage_filesystem=filesystem,
+                failure_config=FailureConfig(max_failures=train.max_failures),
+                checkpoint_config=CheckpointConfig(num_to_keep=2),
+                logging_config=LoggingConfig("WARNING"),
+                callbacks=[reporter(on_metrics, halving)],
+            ),
+        )
+        return dict(trainer.fit().return_value)
+
+    try:
+        outcome = attempt()
+    except TrainingFailedError:
+        # Where no failure is survived, Ray has not begun anew with the halved batch.
+        if train.max_failures or halved or halving.reason() is None:
+            raise
+        outcome = attempt()
     if "user_error" in outcome:
         # The run is over, and a changed configuration is another run: its checkpoints would never be read.
         raise outcome["user_error"]
@@ -145,13 +168,65 @@ def _run_workers(store: Store, run: str, job: Job, on_metrics: OnMetrics | None)
     return dict(outcome["counts"])
 
 
+def preflight(store: Store, job: Job, share: float) -> Mapping[str, float]:
+    """Tell what the job needs against what the cluster has; its numbers. share: CPUs a worker reserves.
+
+    Raises TrainingError where it does not fit, unless ``train.preflight`` is force; nothing happens where it is off.
+    """
+    from kgray.training.estimate import estimate
+    from kgray.training.preflight import check, disks, sizes_of
+
+    if job.train.preflight == "off" or isinstance(job.variation, Snapshot):
+        return {}
+    snapshots = job.variation.kept if isinstance(job.variation, Cycles) else 0
+    needs = estimate(sizes_of(job.graph, job.vectors, job.text), job.model, job.train, snapshots)
+    places = disks(needs, store.root)
+    check(needs, job.train, share, cluster_rooms(), places)
+    disk = float(sum(place.needs for place in places))
+    memory = {f"memory.{need.name}": float(need.bytes) for need in needs.memory}
+    return {**memory, "memory.worker": float(needs.total), "disk": disk}
+
+
+def rehearse(
+    store: Store, model: TrainableConfig, train: TrainConfig, graph: Artifact, vectors: Artifact | None
+) -> Mapping[str, float]:
+    """A preflight and nothing more: what training would need, and, from a few steps in a Ray task, how long it would
+    take; the numbers. Raises as :func:`preflight` does, and what training would before its first step."""
+    import ray
+
+    job = Job(Draft(join(store.root, ".tmp", "rehearsal")), graph, vectors, model, train, {})
+    share = _scaling(train).resources_per_worker["CPU"]
+    needs = preflight(store, job, share)
+    with remote_errors():
+        seconds, said = ray.get(ray.remote(num_cpus=share)(_rehearse).remote(job))
+    log.info("preflight: %s", said)
+    return {**needs, **({} if seconds is None else {"seconds_a_step": seconds})}
+
+
+def _rehearse(job: Job) -> tuple[float | None, str]:
+    import ray
+    import torch
+
+    from kgray.training.loop import Trainer
+    from kgray.training.probe import seconds_a_step, told
+    from kgray.training.worker import Worker
+
+    worker_progress()
+    torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
+    worker = Worker(job.train.device)
+    trainer = Trainer(*_inputs(job, worker), job.model, job.train, worker)
+    seconds = seconds_a_step(trainer)
+    return seconds, "the loss of a first step is not finite" if seconds is None else told(trainer, seconds)
+
+
 def _scaling(train: TrainConfig) -> Any:
     """Ray Train's scaling configuration; raises TrainingError when the cluster cannot hold the workers at once."""
     from ray.train import ScalingConfig
 
     cpus, gpus = cluster_cpus(), cluster_gpus()
-    use_gpu = train.device == "cuda" or (train.device == "auto" and gpus >= train.workers)
-    if use_gpu and gpus < train.workers:
+    least = train.least_workers or train.workers
+    use_gpu = train.device == "cuda" or (train.device == "auto" and gpus >= least)
+    if use_gpu and gpus < least:
         raise TrainingError(
             f"train.workers={train.workers} with train.device={train.device} needs {train.workers} GPUs, the cluster "
             f"has {gpus}: fewer workers, or train.device=cpu"
@@ -160,75 +235,74 @@ def _scaling(train: TrainConfig) -> Any:
     share = train.cpus_per_worker
     if share is None:
         share = max(0.5, float((cpus - 1) // train.workers))
-    if share * train.workers > cpus:
+    fitting = min(train.workers, int(cpus // share), gpus if use_gpu else train.workers)
+    if fitting < least:
         raise TrainingError(
             f"train.workers={train.workers} of {share:g} CPUs each need {share * train.workers:g}, the cluster has "
             f"{cpus}: fewer workers, or a smaller train.cpus_per_worker"
         )
-    return ScalingConfig(num_workers=train.workers, use_gpu=use_gpu, resources_per_worker={"CPU": share})
-
-
-def _reporter(on_metrics: OnMetrics) -> Any:
-    from ray.train import UserCallback
-
-    class Reporter(UserCallback):  # type: ignore[misc]
-        """Runs in the controller, which outlives its workers: metrics have one writer."""
-
-        def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-            row = {k: v for k, v in metrics[0].items() if isinstance(v, float)}
-            if "step" not in row:
-                on_metrics(int(row["epoch"]), row)
-
-    return Reporter()
+    if fitting < train.workers:
+        log.warning("the cluster holds %d of train.workers=%d: they compute the shares of all", fitting, train.workers)
+    return ScalingConfig(num_workers=fitting, use_gpu=use_gpu, resources_per_worker={"CPU": share})
 
 
 def _loop(config: dict[str, Any]) -> dict[str, Any]:
     """One worker of Ray Train."""
-    import ray.train
-
-    from kgray.training.worker import Worker
-
-    class RayWorker(Worker):
-        """Reports to Ray Train."""
-
-        def report(self, metrics: Mapping[str, float], checkpoint: Path | None) -> None:
-            name = f"epoch-{int(metrics['epoch']):04d}-step-{int(metrics.get('step', 0)):08d}"
-            kept = None if checkpoint is None else ray.train.Checkpoint.from_directory(str(checkpoint))
-            ray.train.report({k: float(v) for k, v in metrics.items()}, checkpoint=kept, checkpoint_dir_name=name)
+    from kgray.training.ray_worker import RayWorker
 
     job: Job = config["job"]
     _set_up_process()
     try:
-        worker = RayWorker("cuda" if ray.train.torch.get_device().type == "cuda" else "cpu")
-        worker.device = ray.train.torch.get_device()
-        graph, read = _inputs(job, worker)
-        done = _fit(job, graph, read, worker)
-        if graph.store is not None and (told := graph.store.told()):
-            worker.say("asked of the graph's owners: %s", told)
-        counts = _write(job, done) if worker.rank == 0 else {}
+        worker = RayWorker(config["run"].rpartition("/")[2])
+        with worker.watch.running():
+            graph, read = _inputs(job, worker)
+            done = _fit(job, graph, read, worker, config["run"])
+            if graph.store is not None and (told := graph.store.told()):
+                worker.say("asked of the graph's owners: %s", told)
+            counts = _write(job, done) if worker.rank == 0 else {}
     except GraphStoreError:
         raise  # the other workers wait for this one: Ray Train starts all of them again, from the last checkpoint
+    except OutOfMemoryError as error:
+        if worker.world > 1:
+            raise  # the others wait for this worker, and end with it
+        return {"user_error": error}
     except UserError as error:
         # A wrong configuration fails the same way on every worker and every attempt: returned, it is not retried.
         return {"user_error": error}
     return {"counts": counts}
 
 
-def _fit(job: Job, graph: Graph, read: Any, worker: Worker) -> Fit:
+def _fit(job: Job, graph: Graph, read: Any, worker: Worker, run: str) -> Fit:
     import ray.train
     from safetensors.torch import load_file
 
+    from kgray.training.checkpoint import newest_sound
     from kgray.training.loop import Trainer, fit
+    from kgray.training.ray_worker import Halving
 
     if isinstance(job.variation, Snapshot):
         weights = load_file(job.variation.training.local_path(job.variation.file))
         return Trainer(graph, read, job.model, job.train, worker).finish_with(weights)
     snapshots = job.variation.kept if isinstance(job.variation, Cycles) else 0
-    checkpoint = ray.train.get_checkpoint()
+    filesystem, path = resolve(run)
+    found: Any = None
+    if worker.rank == 0:  # one decides, as all must go on from the same one
+        try:
+            finished = ray.train.get_checkpoint() is not None
+            found = newest_sound(filesystem, path, worker.say, expected=finished), Halving(run).reason()
+        except TrainingError as error:
+            found = error
+    found = worker.gather(found)[0]
+    if isinstance(found, TrainingError):
+        raise found
+    checkpoint, reason = found
+    parts = 1 if reason is None else 2
+    if reason is not None:
+        worker.say("memory had run out (%s): batches of %d are computed as two halves", reason, job.train.batch_size)
     if checkpoint is None:
-        return fit(graph, read, job.model, job.train, worker, snapshots=snapshots)
-    with checkpoint.as_directory() as folder:
-        return fit(graph, read, job.model, job.train, worker, resume=Path(folder), snapshots=snapshots)
+        return fit(graph, read, job.model, job.train, worker, snapshots=snapshots, parts=parts)
+    with local_copy(filesystem, checkpoint) as folder:
+        return fit(graph, read, job.model, job.train, worker, resume=folder, snapshots=snapshots, parts=parts)
 
 
 def _inputs(job: Job, worker: Worker) -> tuple[Graph, Any]:
@@ -262,9 +336,11 @@ def _write(job: Job, done: Fit) -> dict[str, Any]:
         "metrics": {done.metric: done.best},
         "best_epoch": done.best_epoch,
         "epochs": sum(row["epoch"] >= 0 for row in done.history),
+        **({"batch_parts": done.parts} if done.parts > 1 else {}),
     }
     folder = job.draft.local_dir()
     done.task.write(folder, done.scorer, graph, done.history, info)
+    (folder / PHASES_FILE).write_text(json.dumps(list(done.phases), indent=1) + "\n")
     for number, weights in enumerate(done.snapshots, start=1):
         save_file({k: v.contiguous() for k, v in weights.items()}, folder / snapshot_file(number))
     job.draft.upload_local()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from kgray.model.text_encoder import TunedEncoder
 from kgray.text.tokens import Texts, mentions, pack
 from kgray.text.tuning_config import TuningConfig
 from kgray.training.autocast import autocast_dtype
-from kgray.training.batches import StepMaker
+from kgray.training.batches import Piece, StepMaker
 from kgray.training.config import TrainConfig
 from kgray.training.task import Task
 from kgray.training.worker import Worker
@@ -46,13 +47,18 @@ class ContrastiveMaker(StepMaker[ContrastiveBatch]):
         # Of all training triples: an answer is true whether or not this one teaches anything.
         known = graph.answers(["train"])
         super().__init__(triples, known, train.batch_size, train.seed, rank, world, config.epoch_triples)
+        # More workers or fewer only spread the same triples; each step has one set of candidates for all of them.
+        self.size = train.batch_size * max(train.workers, world)
         self.texts, self.config = texts, config
         self._column = np.full(texts.num_entities, -1, dtype=np.int64)
 
-    def make(self, epoch: int, step: int) -> ContrastiveBatch:
-        generator = step_generator(self.seed, epoch, step, self.rank)
-        heads, relations, tails = self.triples[self._positions(epoch, step)].T
-        candidates = np.unique(self.triples[self._together(epoch, step)][:, [0, 2]])
+    def make(self, epoch: int, step: int, piece: Piece | None = None) -> ContrastiveBatch:
+        piece = piece or Piece(self.rank)
+        generator = step_generator(self.seed, epoch, step, piece.share)
+        heads, relations, tails = self.triples[self._positions(epoch, step, piece)].T
+        # Candidates are shared by the workers, who compute the same part of their shares at the same time.
+        everyone = [self._positions(epoch, step, replace(piece, share=share)) for share in range(self.world)]
+        candidates = np.unique(self.triples[np.concatenate(everyone)][:, [0, 2]])
         shares = np.array_split(candidates, self.world)
         asked, answers = np.concatenate([heads, tails]), np.concatenate([tails, heads])
         ways = np.concatenate([relations, relations + self.known.num_relations])
@@ -118,6 +124,17 @@ class EncoderTask(Task[ContrastiveBatch, TextScorer]):
         own = self.model.encode(shares[self.worker.rank]).to(self.worker.device)
         entities = self.worker.gather_rows(own, [len(share) for share in shares])
         return TextScorer(self.model, entities.cpu())
+
+    @property
+    def halves(self) -> str:
+        return (
+            "The global batch and the schedule stay, but the candidates of a query are the entities of its half alone, "
+            f"as with text.tuning.batch_size={self.batches.batch_size // 2}: results are close to those of whole "
+            "batches, not the same."
+        )
+
+    def smaller(self, train: TrainConfig) -> str:
+        return f"lower text.tuning.batch_size (now {train.batch_size}), or set text.tuning.mode to last_layers or lora"
 
     def remedy(self, train: TrainConfig) -> str:
         return f"lower text.tuning.lr (now {train.optimiser.lr}), or set train.precision=float32"

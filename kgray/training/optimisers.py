@@ -67,6 +67,28 @@ class Optimisers:
             optimiser.zero_grad(set_to_none=True)
         self.updates += 1
 
+    def rehearse(self) -> None:
+        """All the work of a step, at a learning rate of 0, and the gradients forgotten: no weight moves. To be followed
+        by :meth:`forget` before the first real step."""
+        if self.config.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.dense, self.config.clip_norm)
+        for optimiser, _ in self._optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = 0.0
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+
+    def forget(self) -> None:
+        """The state before the first step."""
+        for optimiser, _ in self._optimisers:
+            if isinstance(optimiser, torch.optim.Adagrad):  # made with the optimiser, not at its first step
+                start = optimiser.defaults["initial_accumulator_value"]
+                for state in optimiser.state.values():
+                    state["step"].zero_()
+                    state["sum"].fill_(start)
+            else:
+                optimiser.state.clear()
+
     def state_dict(self) -> dict[str, Any]:
         return {"updates": self.updates, "optimisers": [o.state_dict() for o, _ in self._optimisers]}
 

@@ -19,7 +19,7 @@ from kgray.model.path_scorer import PathScorer, write_paths
 from kgray.model.paths import PathBatch, PathModel, path_loss
 from kgray.model.paths_config import PathsConfig
 from kgray.text.vectors import Vectors
-from kgray.training.batches import StepMaker
+from kgray.training.batches import Piece, StepMaker
 from kgray.training.config import TrainConfig
 from kgray.training.task import Task
 from kgray.training.worker import Worker
@@ -41,8 +41,9 @@ class PathBatchMaker(StepMaker[PathBatch]):
         super().__init__(triples, known, batch_size, seed, rank, world)
         self.config = config
 
-    def make(self, epoch: int, step: int) -> PathBatch:
-        positions = self._positions(epoch, step)
+    def make(self, epoch: int, step: int, piece: Piece | None = None) -> PathBatch:
+        piece = piece or Piece(self.rank)
+        positions = self._positions(epoch, step, piece)
         heads, relations, tails = self.triples[positions].T
         known_query, known_entity = self.other_answers(heads, relations, tails)
         return PathBatch(
@@ -52,19 +53,19 @@ class PathBatchMaker(StepMaker[PathBatch]):
             triple=torch.from_numpy(np.concatenate([positions, positions])),
             known_query=torch.from_numpy(known_query),
             known_entity=torch.from_numpy(known_entity),
-            withheld=self._withheld(epoch, step, positions),
+            withheld=self._withheld(epoch, step, piece.share),
         )
 
-    def _withheld(self, epoch: int, step: int, positions: Int64) -> Tensor | None:
-        """(T,) bool, or None for nothing."""
+    def _withheld(self, epoch: int, step: int, share: int) -> Tensor | None:
+        """(T,) bool, or None for nothing; the same for all parts of a share."""
         if not self.config.edge_drop and not self.config.remove_batch:
             return None
         withheld = np.zeros(len(self.triples), dtype=bool)
         if self.config.edge_drop:
-            generator = step_generator(self.seed, epoch, step, self.rank)
+            generator = step_generator(self.seed, epoch, step, share)
             withheld = generator.random(len(self.triples), dtype=np.float32) < self.config.edge_drop
         if self.config.remove_batch:
-            withheld[positions] = True
+            withheld[self._share(epoch, step, share)] = True
         return torch.from_numpy(withheld)
 
 
@@ -95,7 +96,7 @@ class PathsTask(Task[PathBatch, PathScorer]):
             train.batch_size,
             train.seed,
             worker.rank,
-            worker.world,
+            worker.shares(train.workers),
         )
         answering = None
         if graph.trained_entities() is not None:

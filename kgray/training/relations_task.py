@@ -23,7 +23,7 @@ from kgray.model.relations import PairBatch, RelationModel, relation_loss
 from kgray.model.relations_config import RelationsConfig
 from kgray.reasoning.facts import Facts
 from kgray.text.vectors import Vectors
-from kgray.training.batches import StepMaker
+from kgray.training.batches import Piece, StepMaker
 from kgray.training.config import TrainConfig
 from kgray.training.task import Task
 from kgray.training.worker import Worker
@@ -42,7 +42,7 @@ class PairBatchMaker(StepMaker[PairBatch]):
         train: TrainConfig,
         worker: Worker,
     ) -> None:
-        super().__init__(triples, known, train.batch_size, train.seed, worker.rank, worker.world)
+        super().__init__(triples, known, train.batch_size, train.seed, worker.rank, worker.shares(train.workers))
         self.index, self.texts = index, texts
         begin = time.monotonic()
         heads, relations, tails = triples.T
@@ -52,8 +52,8 @@ class PairBatchMaker(StepMaker[PairBatch]):
             *(index.num_bodies, len(self.paths.items) / max(len(triples), 1), time.monotonic() - begin),
         )
 
-    def make(self, epoch: int, step: int) -> PairBatch:
-        positions = self._positions(epoch, step)
+    def make(self, epoch: int, step: int, piece: Piece | None = None) -> PairBatch:
+        positions = self._positions(epoch, step, piece)
         heads, relations, tails = (np.ascontiguousarray(column) for column in self.triples[positions].T)
         batch = PairBatch.of(self.index, heads, tails, relations, self.texts, self.paths.take(positions))
         known = torch.zeros(len(heads), self.known.num_relations, dtype=torch.bool)

@@ -76,6 +76,18 @@ class Task(ABC, Generic[B, S]):
         """
         return self.scorer(), best
 
+    @property
+    def halves(self) -> str:
+        """What it changes when a batch is computed as two halves whose gradients are added up, for the log."""
+        return (
+            "Every query is asked of the same candidates as before: the gradients are those of the whole batch, up to "
+            "rounding and dropout, and results stay comparable."
+        )
+
+    def smaller(self, train: TrainConfig) -> str:
+        """What to set when memory runs out."""
+        return f"lower train.batch_size (now {train.batch_size}; with train.accumulate raised by as much) or model.dim"
+
     def remedy(self, train: TrainConfig) -> str:
         """What to set when the loss becomes non-finite."""
         optimiser = train.optimiser

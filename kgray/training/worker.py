@@ -12,13 +12,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kgray.phases import Phases, Spent, counted, phase
+
 log = logging.getLogger(__name__)
 
 
 class Worker:
     """A worker alone in a notebook, a test or on a GPU box; Ray Train's workers derive from it.
 
-    report is called by every rank equally often, with a checkpoint folder on rank 0 only.
+    report is called by every rank equally often, with a checkpoint folder on rank 0 only. watch: where this worker's
+    time goes.
     """
 
     def __init__(self, device: str = "auto") -> None:
@@ -29,9 +32,18 @@ class Worker:
         self.device = torch.device(kind)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
+        self.watch = Phases()
 
     def report(self, metrics: Mapping[str, float], checkpoint: Path | None) -> None:
         """Called after every checkpoint and validation; nothing to tell anyone here."""
+
+    def shares(self, workers: int) -> int:
+        """Into how many shares a step's triples are split where ``workers`` are configured: one for each of those, be
+        there fewer here, who then take several."""
+        return max(workers, self.world)
+
+    def spent(self, spent: Spent) -> None:
+        """Called on every rank with what it spent of late (once an epoch); nobody to tell here."""
 
     def say(self, message: str, *values: object) -> None:
         """Log on rank 0 only."""
@@ -43,7 +55,8 @@ class Worker:
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value)
+        with phase("waiting"):
+            dist.all_gather_object(values, value)
         return values
 
     def gather_rows(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
@@ -54,30 +67,47 @@ class Worker:
         """
         if self.world == 1:
             return rows
-        gathered: Tensor = _GatherRows.apply(rows, tuple(counts), self.rank)  # type: ignore[no-untyped-call]
+        with phase("exchange"):
+            gathered: Tensor = _GatherRows.apply(rows, tuple(counts), self.rank)  # type: ignore[no-untyped-call]
+            counted("exchanged bytes", rows.numel() * rows.element_size())
         return gathered
 
-    def average_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Replace every gradient by its mean over the workers; row-sparse ones stay sparse.
+    def average_gradients(self, parameters: Iterable[torch.nn.Parameter], shares: int | None = None) -> None:
+        """Replace every gradient by the sum over the workers, divided by ``shares`` (by default one a worker).
 
-        Dense gradients travel as one flat tensor: one exchange a step instead of one a parameter.
+        Row-sparse ones stay sparse. Dense gradients travel as one flat tensor: one exchange a step instead of one a
+        parameter.
         """
+        shares = shares or self.world
+        held = [p for p in parameters if p.grad is not None]
         if self.world == 1:
+            if shares > 1:
+                for gradient in [p.grad for p in held if p.grad is not None]:
+                    gradient /= shares
             return
-        grads = [p.grad for p in parameters if p.grad is not None]
-        dense = [g for g in grads if not g.is_sparse]
-        flat = torch.cat([g.reshape(-1) for g in dense])
-        dist.all_reduce(flat)
-        flat /= self.world
-        offset = 0
-        for grad in dense:
-            grad.copy_(flat[offset : offset + grad.numel()].view_as(grad))
-            offset += grad.numel()
-        for parameter in parameters:
-            if parameter.grad is not None and parameter.grad.is_sparse:
-                parameter.grad = self._average_sparse(parameter.grad)
+        self._meet()
+        with phase("exchange"):
+            dense = [p.grad for p in held if p.grad is not None and not p.grad.is_sparse]
+            flat = torch.cat([g.reshape(-1) for g in dense])
+            dist.all_reduce(flat)
+            counted("exchanged bytes", flat.numel() * flat.element_size())
+            flat /= shares
+            offset = 0
+            for grad in dense:
+                grad.copy_(flat[offset : offset + grad.numel()].view_as(grad))
+                offset += grad.numel()
+            for parameter in held:
+                if parameter.grad is not None and parameter.grad.is_sparse:
+                    parameter.grad = self._average_sparse(parameter.grad, shares)
 
-    def _average_sparse(self, grad: Tensor) -> Tensor:
+    def _meet(self) -> None:
+        """Wait for the slowest worker, so that the exchange itself can be told from waiting for it. Only where it costs
+        next to nothing: on a GPU it would make the device wait."""
+        if self.device.type == "cpu":
+            with phase("waiting"):
+                dist.barrier()
+
+    def _average_sparse(self, grad: Tensor, shares: int) -> Tensor:
         grad = grad.coalesce()
         rows, values = grad.indices()[0], grad.values()
         counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(self.world)]
@@ -85,9 +115,11 @@ class Worker:
         longest = int(max(int(c) for c in counts))
         all_rows = _all_gather(rows, longest)
         all_values = _all_gather(values, longest)
+        row = rows.element_size() + values[0].numel() * values.element_size() if len(values) else 0
+        counted("exchanged bytes", len(rows) * row)
         keep = [slice(0, int(c)) for c in counts]
         together = torch.cat([r[k] for r, k in zip(all_rows, keep, strict=True)])
-        summed = torch.cat([v[k] for v, k in zip(all_values, keep, strict=True)]) / self.world
+        summed = torch.cat([v[k] for v, k in zip(all_values, keep, strict=True)]) / shares
         return torch.sparse_coo_tensor(together[None], summed, grad.shape, check_invariants=False).coalesce()
 
 
@@ -102,8 +134,10 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad)
+        with phase("exchange"):
+            grad = grad.clone(memory_format=torch.contiguous_format)
+            dist.all_reduce(grad)
+            counted("exchanged bytes", grad.numel() * grad.element_size())
         return grad[ctx.own], None, None
 
 

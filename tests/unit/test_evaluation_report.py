@@ -17,6 +17,8 @@ from kgray.evaluation.counts import KINDS, Counts
 from kgray.evaluation.plots import all_plots
 from kgray.evaluation.report import format_metric, render_ablations, render_html
 from kgray.evaluation.shards import RANK_EDGES
+from kgray.evaluation.timings import columns
+from kgray.phases import total
 
 NASTY = '<script>alert("x")</script>&'
 
@@ -53,6 +55,7 @@ def report_with(counts: Counts, names: list[str], **other: Any) -> dict[str, Any
         "alpha": None,
         "ablations": {"text_only": {"version": "abcd", "metrics": counts.metrics()}},
         "histogram": {side: histogram.tolist() for side in counts.tables},
+        "timings": {},
         "history": [{"epoch": 0.0, "train.loss": 2.0, "valid.both.realistic.filtered.full.mrr": 0.2}],
         **other,
     }
@@ -66,6 +69,25 @@ def test_links_have_a_table_where_they_were_held_against_pairs_without_one() -> 
     page = render_html({**report, "metrics": report["metrics"] | figures, "link_negatives": 5}, {})
     table = page.split("Links against")[1].split("</table>")[0]
     assert "auc hard" in table and "0.9123" in table and "0.7123" in table and "fused" not in table
+
+
+def test_the_time_of_training_has_a_table_and_a_bar_a_model() -> None:
+    row = {"part": "epoch 1", "ranks": 1, "wall": [4.0] * 3, "ahead": {"sampling": [0.5] * 3}, "calls": {"forward": 2}}
+    row |= {"seconds": {"forward": [3.0] * 3, "other": [1.0] * 3}, "counts": {"edges": 1200}}
+    two = {**row, "ranks": 2, "wall": [4.0, 5.0, 6.0], "seconds": {"exchange": [0.0, 2.0, 4.0], "forward": [3.0] * 3}}
+    found = {"fused": total([row, row]), "paths": total([two])}
+    assert columns(found) == ["forward", "exchange", "other"]
+    report = report_with(counts_of(3), ["a", "b", "c"])
+    assert "Where the time" not in render_html(report, all_plots(report))
+    report["timings"] = found
+    plots = all_plots(report)
+    page = render_html(report, plots)
+    table = page.split("Where the time of training went")[1].split("<h2>")[0]
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", line) for line in re.findall(r"<tr.*?</tr>", table)]
+    assert ["fused", "8.0", "6.0", "0.0", "2.0", "1.0"] in rows and ["paths", "5.0", "3.0", "2.0", "0.0", "0.5"] in rows
+    assert any(cells[1:4] == ["4.0&ndash;6.0", "3.0&ndash;3.0", "0.0&ndash;4.0"] for cells in rows if len(cells) > 3)
+    assert "2,400 edges" in table
+    assert all(f">{name}<" in plots["timings"] for name in ("forward", "exchange", "other", "fused (8 s)"))
 
 
 def test_the_page_is_self_contained_escaped_and_shows_every_slice() -> None:

@@ -31,6 +31,7 @@ FLOORS = {
     "kgray.config_text": 2,
     "kgray.runtime": 2,
     "kgray.machine": 2,
+    "kgray.phases": 2,
     "kgray.errors": 1,
 }
 
