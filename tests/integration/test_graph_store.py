@@ -129,7 +129,8 @@ def test_an_owner_whose_files_are_damaged_says_which(ray_cluster: object, graph:
             pass
     finally:
         file.write_bytes(good)
-    assert not processes()
+    _, alive = psutil.wait_procs(processes(), timeout=60)
+    assert not alive, "killed, if not at once"
 
 
 PARTITIONED = ["graph.store=partitioned", "graph.partitions=4", "graph.cache_mib=0"]

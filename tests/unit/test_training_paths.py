@@ -154,7 +154,7 @@ def test_a_recipe_tells_families_apart_and_fused_ones_keep_their_version() -> No
         source = Source("graph", "0123", "/nowhere")
 
     recipes = [train_recipe(None, model, TRAIN, Input(), None) for model in (SMALL, TINY)]  # type: ignore[arg-type]
-    left_out = ("device", "cpus_per_worker", "max_failures", "checkpoint_steps")
+    left_out = ("device", "cpus_per_worker", "max_failures", "checkpoint_steps", "least_workers", "preflight")
     how = {k: v for k, v in to_dict(TRAIN).items() if k not in left_out}
     old = Recipe("model", FORMAT, (Input.source,), {"model": to_dict(SMALL), "train": how})
     assert recipes[0].version == old.version != recipes[1].version
