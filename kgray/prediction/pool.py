@@ -1,14 +1,15 @@
 """Work on a pool of Ray actors that may die: each item once to the end, each actor's state made once.
 
-Ray Data's actor pool retries for ever what kills its worker, and Ray's own ``ActorPool`` not at all. Here an item that
-was running when its worker died counts an attempt; after some the job ends and names it.
+Ray Data's actor pool retries for ever what kills its worker, and Ray's own ``ActorPool`` not at all. Here all that a
+worker was asked when it died is suspect, and given to another alone; of whom a worker died that had nothing else to do
+counts an attempt, and after some the job ends and names it.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -21,7 +22,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 ATTEMPTS = 3
-"""Workers that may die of an item before it is given up."""
+"""Workers that may die of an item alone before it is given up."""
 
 _IN_FLIGHT = 2
 """Items given to a worker at once: it need not wait for the driver between them."""
@@ -86,12 +87,13 @@ class Pool(Generic[Item, Result]):
         """
         import ray
 
-        waiting, attempts = deque(items), dict.fromkeys(items, 0)
-        left = len(attempts)
+        waiting = deque(items)
+        attempts: dict[Item, int] = {}  # of suspects
+        left = len(items)
         while left:
             while len(self._workers) < min(self._size, left):
                 self._start()
-            self._hand_out(waiting)
+            self._hand_out(waiting, attempts)
             watched = {w.starting: w for w in self._workers if not w.ready}
             watched |= {answer: w for w in self._workers for answer in w.asked}
             done, _ = ray.wait(list(watched), num_returns=1, timeout=_SAY_EVERY_S)
@@ -118,20 +120,20 @@ class Pool(Generic[Item, Result]):
         actor = ray.remote(_Body).options(num_cpus=1, max_restarts=0, scheduling_strategy="SPREAD").remote(self._make)
         self._workers.append(_Worker(actor, actor.ready.remote()))
 
-    def _hand_out(self, waiting: deque[Item]) -> None:
-        """To the least busy first, so that the last items are spread."""
+    def _hand_out(self, waiting: deque[Item], suspects: Container[Item]) -> None:
+        """To the least busy first, so that the last items are spread; suspects to workers that do nothing else."""
         while waiting:
-            free = [w for w in self._workers if w.ready and len(w.asked) < _IN_FLIGHT]
-            if not free:
+            free = [w for w in self._workers if w.ready and not any(item in suspects for item in w.asked.values())]
+            worker = min(free, key=lambda w: len(w.asked), default=None)
+            if worker is None or len(worker.asked) >= (1 if waiting[0] in suspects else _IN_FLIGHT):
                 return
-            worker = min(free, key=lambda w: len(w.asked))
             item = waiting.popleft()
             worker.asked[worker.actor.work.remote(item)] = item
 
     def _bury(
         self, worker: _Worker[Item], error: Exception, waiting: deque[Item], attempts: dict[Item, int]
     ) -> None:
-        """Take back what a dead worker was asked; the oldest it was working on, or had not begun."""
+        """Take back what a dead worker was asked."""
         import ray
 
         self._workers.remove(worker)
@@ -144,7 +146,8 @@ class Pool(Generic[Item, Result]):
             if self._stillborn >= ATTEMPTS * self._size:
                 raise ClusterError(f"workers die before they begin: {reason}") from error
             return
-        attempts[items[0]] += 1
+        for item in items:
+            attempts[item] = attempts.get(item, 0) + (len(items) == 1)
         if attempts[items[0]] >= ATTEMPTS:
             raise ClusterError(f"{ATTEMPTS} workers died, one after the other, of {items[0]}: {reason}") from error
         log.warning("a worker died (%s); what it had not finished is given to another", reason)

@@ -22,6 +22,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 from evaluation_artifacts import graph_artifact, model_artifact, random_splits
+from ray import cloudpickle
 from test_ensemble_artifact import build
 from test_predict_shards import by_query, same_as_served, write_queries
 
@@ -35,6 +36,8 @@ from kgray.prediction.output import ANSWERS
 from kgray.prediction.pool import ATTEMPTS, Pool
 from kgray.prediction.predict import predict, predict_recipe, scratch_name
 from kgray.serving.predictor import Predictor
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers cannot import a test
 
 REPO = Path(__file__).resolve().parents[2]
 N, R = 150, 4
@@ -162,7 +165,7 @@ def test_an_item_that_kills_every_worker_is_named(ray_cluster: object, tmp_path:
     told = f"{ATTEMPTS} workers died, one after the other, of 5"
     with Pool[int, int](lambda: body, 1) as pool, pytest.raises(ClusterError, match=told):
         list(pool.run(range(8)))
-    assert len(list(tmp_path.glob("death-*"))) == ATTEMPTS
+    assert len(list(tmp_path.glob("death-*"))) in (ATTEMPTS, ATTEMPTS + 1), "the first may have had company"
 
 
 def test_bad_rows_stop_the_job_or_are_set_aside(
