@@ -175,9 +175,10 @@ def test_bad_rows_stop_the_job_or_are_set_aside(
     path = tmp_path / "queries.csv"
     path.write_text("relation,head\n_relation_0,e1\nnothing,e1\n_relation_0,e1\n_relation_0,?\n")
     told = r"queries.csv, line 3: relation: no relation has .* and 1 more bad row \(predict\.on_bad_row=skip"
+    before = set(Path(store.root, "runs").glob("predict-*/queries/*"))
     with pytest.raises(DataError, match=told):
         run(store, PredictConfig(queries=str(path)), model)
-    assert not list(Path(store.root, "runs").glob("predict-*/queries/*")), "what was read is of no use any more"
+    assert set(Path(store.root, "runs").glob("predict-*/queries/*")) == before, "what was read is of no use any more"
     with pytest.raises(DataError, match=r"2 bad rows, more than predict\.max_bad_rows=1"):
         run(store, PredictConfig(queries=str(path), on_bad_row="skip", max_bad_rows=1), model)
     artifact = run(store, PredictConfig(queries=str(path), on_bad_row="skip"), model)
