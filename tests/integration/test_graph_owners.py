@@ -1,8 +1,8 @@
 """A partitioned graph on a real Ray: owners killed with -9 answer again, and a training over them ends with the bits of
 one on the resident graph.
 
-    python3 -m pytest tests/integration/test_graph_store.py
-    python3 -m pytest -m slow tests/integration/test_graph_store.py
+    python3 -m pytest tests/integration/test_graph_owners.py
+    python3 -m pytest -m slow tests/integration/test_graph_owners.py
 """
 
 from __future__ import annotations
