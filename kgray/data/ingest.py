@@ -253,7 +253,8 @@ class _Ingest:
         for n, told in enumerate(self._told):
             ids = [codes.get(name, -1) for name in told.relations]
             for code, count in zip(ids, told.relation_rows, strict=True):
-                rows[code] += count if code >= 0 else 0
+                if code >= 0:  # others are told with their triples
+                    rows[code] += count
             voting = ids if self.graph.partitioner == "relation" else None
             arguments.append((scratch, n, starts, entities, voting))
         run_all("write votes", partitioning.write_votes, arguments)

@@ -40,11 +40,14 @@ def in_process(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _call_here(function: Callable[..., Any], arguments: tuple[Any, ...], returns: int) -> Any:
-    try:
-        result = function(*arguments)
-    except Exception as error:
-        result = _Failed(error) if returns == 1 else [_Failed(error)] * returns
-    return result
+    given = [one for argument in arguments for one in (argument if isinstance(argument, list) else [argument])]
+    failed = next((one for one in given if isinstance(one, _Failed)), None)
+    if failed is None:
+        try:
+            return function(*arguments)
+        except Exception as error:
+            failed = _Failed(error)
+    return failed if returns == 1 else [failed] * returns
 
 
 REPORT_EVERY_S = 10.0

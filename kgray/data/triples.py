@@ -252,7 +252,7 @@ def places_of(scratch: Scratch, number: int, offsets: Sequence[int], renumbered:
         rank = as_numpy(batch.column("rank")).astype(np.int64)
         if renumbered and len(rank):
             numbers = scratch.column(f"numbers/{bucket}", "number")
-            ids.append(np.where(rank < 0, -1, numbers[rank]))
+            ids.append(np.append(numbers, -1)[rank])  # -1, nobody's rank, is the last place
         else:
             ids.append(np.where(rank < 0, -1, rank + offset))
         seen.append(as_numpy(batch.column("seen")))

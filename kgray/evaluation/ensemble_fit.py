@@ -246,7 +246,8 @@ def _calibrate(
     return fit_task(
         *(own, weight, _groups(data, rows), graph.num_relations if task != "relation" else 1),
         questions=np.unique(asked.numpy(), axis=0, return_inverse=True)[1].reshape(-1),
-        unknown=len(graph.triples["valid"]) / len(rows),
+        # A hidden fact of an undirected graph answers from either end; the pairs of one side are half of them.
+        unknown=len(graph.triples["valid"]) / len(rows) * (2 if graph.undirected and task != "relation" else 1),
         alpha=config.alpha,
         group=config.group,
         # Scores that say nothing keep the scale they have; their probabilities are then what isotonic makes of them.

@@ -16,7 +16,14 @@ from functools import cached_property
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
+from ray.exceptions import (
+    GetTimeoutError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+)
 
 from kgray.artifact import Artifact
 from kgray.errors import GraphStoreError, KgrayError, TrainingError
@@ -30,7 +37,7 @@ log = logging.getLogger(__name__)
 LOOK_S = 5.0
 """How long an answer is waited for before its owner is looked after."""
 MOST_PAUSE_S = 1.0
-_LOST = (RayActorError, ObjectLostError)
+_LOST = (RayActorError, ObjectLostError, NodeDiedError, OutOfMemoryError)
 
 
 class Owner:
@@ -103,7 +110,10 @@ class ActorTransport:
         pause, failures = 0.05, 0
         while True:
             try:
-                return ray.get(sent, timeout=max(0.1, deadline - time.monotonic()))
+                left = max(0.1, deadline - time.monotonic())
+                # A replica may answer while this one hangs; without one there is nobody else to ask.
+                several = len(self.actors[request.part]) > 1
+                return ray.get(sent, timeout=min(LOOK_S, left) if several else left)
             except RayTaskError as error:
                 raise (error.cause if isinstance(error.cause, KgrayError) else error) from None
             except (*_LOST, GetTimeoutError) as error:
@@ -133,7 +143,7 @@ def owners(shards: Artifact, config: StoreConfig) -> Iterator[Owners]:
     sizes = [
         sum(shards.bytes_of(name) for name in shards.files(shard_folder(part) + "/")) for part in range(layout.parts)
     ]
-    _check_memory(sum(sizes) * config.replicas, config)
+    _check_memory(sizes, config)
     remote = ray.remote(Owner)
     actors = tuple(
         tuple(
@@ -145,7 +155,7 @@ def owners(shards: Artifact, config: StoreConfig) -> Iterator[Owners]:
         for part, size in enumerate(sizes)
     )
     try:
-        _wait([actor for replicas in actors for actor in replicas])
+        _wait([actor for replicas in actors for actor in replicas], config.patience_s)
         log.info(
             "graph %s: %d partitions, %.1f MiB, %d actor(s) each", layout.version, layout.parts, sum(sizes) / 2**20,
             config.replicas,
@@ -156,8 +166,15 @@ def owners(shards: Artifact, config: StoreConfig) -> Iterator[Owners]:
             ray.kill(actor)
 
 
-def _check_memory(wanted: int, config: StoreConfig) -> None:
+def _check_memory(sizes: Sequence[int], config: StoreConfig) -> None:
+    wanted = sum(sizes) * config.replicas
     has = int(ray.cluster_resources().get("memory", 0))
+    largest = max((node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]), default=0)
+    if max(sizes) > largest:
+        raise TrainingError(
+            f"a partition of the graph needs {max(sizes) / 2**30:.1f} GiB of memory, the largest node of the cluster "
+            f"has {largest / 2**30:.1f}: a larger graph.partitions"
+        )
     if wanted > has:
         raise TrainingError(
             f"graph.store=partitioned needs {wanted / 2**30:.1f} GiB of memory for {config.replicas} replica(s) of the "
@@ -165,14 +182,20 @@ def _check_memory(wanted: int, config: StoreConfig) -> None:
         )
 
 
-def _wait(actors: Sequence[Any]) -> None:
-    """Until all are up; an error of one is raised as itself."""
-    waiting = [actor.size.remote() for actor in actors]
-    everyone = list(waiting)
+def _wait(actors: Sequence[Any], patience_s: float) -> None:
+    """Until all are up; an error of one is raised as itself, GraphStoreError where none comes up for that long."""
+    waiting = [actor.size.options(max_task_retries=-1).remote() for actor in actors]
+    everyone, since = list(waiting), time.monotonic()
     while waiting:
-        _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=10.0)
+        up, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=10.0)
+        since = time.monotonic() if up else since
         if waiting:
             log.info("graph store: %d of %d actors are up", len(everyone) - len(waiting), len(everyone))
+        if waiting and time.monotonic() - since > patience_s:
+            raise GraphStoreError(
+                f"{len(waiting)} of {len(everyone)} actors of the graph found no place, or were not up, in "
+                f"{patience_s:g} s: more free memory or nodes, or a larger graph.patience_s"
+            )
     for reference in everyone:
         try:
             ray.get(reference)

@@ -8,6 +8,7 @@ the page cache once, however many workers read it.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -107,7 +108,8 @@ def _node_copy(artifact: Artifact) -> Path:
         _drop(store, recipe)
         built = store.build(recipe, make)
     folder = built.artifact.local_path("")
-    os.utime(folder)  # tells the cleaning that it is in use
+    with contextlib.suppress(PermissionError):  # a cache that another user owns
+        os.utime(folder)  # tells the cleaning that it is in use
     if not built.up_to_date:
         size = sum(file.stat().st_size for file in folder.iterdir()) / 2**20
         seconds = time.monotonic() - started
@@ -153,9 +155,10 @@ def _drop(store: Store, recipe: Recipe) -> None:
 def _clean(used: Path) -> None:
     """Remove the copies nobody has opened for long. Who maps one keeps its bytes until it lets go."""
     for folder in _folders(used.parent):
-        if folder != used and time.time() - folder.stat().st_mtime > UNUSED_DAYS * 86400:
-            log.info("removing %s, not used for %d days", folder, UNUSED_DAYS)
-            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # another process cleans as well
+            if folder != used and time.time() - folder.stat().st_mtime > UNUSED_DAYS * 86400:
+                log.info("removing %s, not used for %d days", folder, UNUSED_DAYS)
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _folders(parent: Path) -> Iterator[Path]:

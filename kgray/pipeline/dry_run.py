@@ -30,7 +30,6 @@ def dry_run(settings: Settings, config: str) -> dict[str, Any]:
             work.artifacts[step.name] = found
         version = train.recipe(work).version
         work.ray()
-        needs = rehearse(
-            work.store, settings.model, settings.train, work.artifacts["ingest"], work.artifacts.get("embed")
-        )
+        graph, vectors = work.artifacts["ingest"], work.artifacts.get("embed")
+        needs = rehearse(work.store, settings.model, settings.train, graph, vectors, settings.graph)
     return {"status": "dry run", "version": version, "metrics": dict(needs)}

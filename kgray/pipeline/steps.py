@@ -216,9 +216,8 @@ def _pretrain(work: Work, draft: Draft, run: Run, text: TextConfig, tuning: Tuni
     from kgray.training.pretrain import pretrain
 
     with relay(run) as on_metrics:
-        return pretrain(
-            draft, work.store, text, tuning, work.settings.train, work.artifacts["ingest"], on_metrics=on_metrics
-        )
+        graph, reach = work.artifacts["ingest"], work.settings.graph
+        return pretrain(draft, work.store, text, tuning, work.settings.train, graph, reach, on_metrics=on_metrics)
 
 
 def _embed_recipe(work: Work, text: TextConfig) -> Recipe:

@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from kgray.artifact import Artifact, Draft, Recipe, Store
 from kgray.artifact.filesystem import is_local, join, local_copy, resolve
@@ -118,11 +118,14 @@ def run_workers(
 ) -> dict[str, Any]:
     """Do a job on the connected Ray cluster; returns the counts of the artifact written. run: a name that only the same
     job has, by which it finds its checkpoints. Raises as :func:`train` does."""
-    with reaching(store, job.graph, reach or StoreConfig(), job.model, job.variation) as access:
-        return _run_workers(store, run, replace(job, access=access), on_metrics)
+    reach = reach or StoreConfig()
+    scaling = _scaling(job.train)
+    preflight(store, job, scaling.resources_per_worker["CPU"], reach)
+    with reaching(store, job.graph, reach, job.model, job.variation) as access:
+        return _run_workers(store, run, replace(job, access=access), scaling, on_metrics)
 
 
-def _run_workers(store: Store, run: str, job: Job, on_metrics: OnMetrics | None) -> dict[str, Any]:
+def _run_workers(store: Store, run: str, job: Job, scaling: Any, on_metrics: OnMetrics | None) -> dict[str, Any]:
     from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
@@ -132,8 +135,6 @@ def _run_workers(store: Store, run: str, job: Job, on_metrics: OnMetrics | None)
     train = job.train
     place = store.scratch(_RUNS)
     filesystem, path = (None, place) if is_local(place) else resolve(place)
-    scaling = _scaling(train)
-    preflight(store, job, scaling.resources_per_worker["CPU"])
     halving = Halving(join(place, run))
     halved = halving.reason() is not None
 
@@ -168,8 +169,9 @@ def _run_workers(store: Store, run: str, job: Job, on_metrics: OnMetrics | None)
     return dict(outcome["counts"])
 
 
-def preflight(store: Store, job: Job, share: float) -> Mapping[str, float]:
-    """Tell what the job needs against what the cluster has; its numbers. share: CPUs a worker reserves.
+def preflight(store: Store, job: Job, share: float, reach: StoreConfig) -> Mapping[str, float]:
+    """Tell what the job needs against what the cluster has; its numbers. share: CPUs a worker reserves. reach: how
+    workers reach the graph.
 
     Raises TrainingError where it does not fit, unless ``train.preflight`` is force; nothing happens where it is off.
     """
@@ -179,7 +181,7 @@ def preflight(store: Store, job: Job, share: float) -> Mapping[str, float]:
     if job.train.preflight == "off" or isinstance(job.variation, Snapshot):
         return {}
     snapshots = job.variation.kept if isinstance(job.variation, Cycles) else 0
-    needs = estimate(sizes_of(job.graph, job.vectors, job.text), job.model, job.train, snapshots)
+    needs = estimate(sizes_of(job.graph, job.vectors, job.text), job.model, job.train, snapshots, reach)
     places = disks(needs, store.root)
     check(needs, job.train, share, cluster_rooms(), places)
     disk = float(sum(place.needs for place in places))
@@ -188,22 +190,31 @@ def preflight(store: Store, job: Job, share: float) -> Mapping[str, float]:
 
 
 def rehearse(
-    store: Store, model: TrainableConfig, train: TrainConfig, graph: Artifact, vectors: Artifact | None
+    store: Store,
+    model: TrainableConfig,
+    train: TrainConfig,
+    graph: Artifact,
+    vectors: Artifact | None,
+    reach: StoreConfig,
 ) -> Mapping[str, float]:
     """A preflight and nothing more: what training would need, and, from a few steps in a Ray task, how long it would
-    take; the numbers. Raises as :func:`preflight` does, and what training would before its first step."""
+    take; the numbers. The steps are over the graph mapped whole, whatever ``reach`` is.
+
+    Raises as :func:`preflight` does, and what training would before its first step."""
     import ray
 
     job = Job(Draft(join(store.root, ".tmp", "rehearsal")), graph, vectors, model, train, {})
-    share = _scaling(train).resources_per_worker["CPU"]
-    needs = preflight(store, job, share)
+    scaling = _scaling(train)
+    share = scaling.resources_per_worker["CPU"]
+    needs = preflight(store, job, share, reach)
+    task = ray.remote(num_cpus=share, num_gpus=int(scaling.use_gpu))(_rehearse)
     with remote_errors():
-        seconds, said = ray.get(ray.remote(num_cpus=share)(_rehearse).remote(job))
+        seconds, said = ray.get(task.remote(job, scaling.num_workers, "cuda" if scaling.use_gpu else "cpu"))
     log.info("preflight: %s", said)
     return {**needs, **({} if seconds is None else {"seconds_a_step": seconds})}
 
 
-def _rehearse(job: Job) -> tuple[float | None, str]:
+def _rehearse(job: Job, workers: int, device: Literal["cuda", "cpu"]) -> tuple[float | None, str]:
     import ray
     import torch
 
@@ -213,8 +224,10 @@ def _rehearse(job: Job) -> tuple[float | None, str]:
 
     worker_progress()
     torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
-    worker = Worker(job.train.device)
+    worker = Worker(device)
     trainer = Trainer(*_inputs(job, worker), job.model, job.train, worker)
+    # As many shares of a step as the busiest of so many workers has.
+    trainer.batches.shares = list(trainer.batches.shares)[: -(-trainer.batches.world // workers)]
     seconds = seconds_a_step(trainer)
     return seconds, "the loss of a first step is not finite" if seconds is None else told(trainer, seconds)
 
@@ -255,7 +268,7 @@ def _loop(config: dict[str, Any]) -> dict[str, Any]:
     try:
         worker = RayWorker(config["run"].rpartition("/")[2])
         with worker.watch.running():
-            graph, read = _inputs(job, worker)
+            graph, read = _together(worker, lambda: _inputs(job, worker))
             done = _fit(job, graph, read, worker, config["run"])
             if graph.store is not None and (told := graph.store.told()):
                 worker.say("asked of the graph's owners: %s", told)
@@ -270,6 +283,22 @@ def _loop(config: dict[str, Any]) -> dict[str, Any]:
         # A wrong configuration fails the same way on every worker and every attempt: returned, it is not retried.
         return {"user_error": error}
     return {"counts": counts}
+
+
+def _together(worker: Worker, open_inputs: Callable[[], tuple[Graph, Any]]) -> tuple[Graph, Any]:
+    """What is opened, or on every worker the error of the first that could not: the others would wait for it, and what
+    the user did wrong would be told as their impatience."""
+    opened, trouble = None, None
+    try:
+        opened = open_inputs()
+    except GraphStoreError:
+        raise
+    except UserError as error:
+        trouble = error
+    first = next((error for error in worker.gather(trouble) if error is not None), None)
+    if first is not None or opened is None:
+        raise first or TrainingError("the inputs of a training could not be opened")
+    return opened
 
 
 def _fit(job: Job, graph: Graph, read: Any, worker: Worker, run: str) -> Fit:
@@ -317,11 +346,17 @@ def _inputs(job: Job, worker: Worker) -> tuple[Graph, Any]:
         text, place = job.text
         return graph, read_texts(job.graph, text, local_place(text, place).path)
     if isinstance(job.variation, Lesson):
-        labels = None
+        labels: Any = None
         if worker.rank == 0:  # decided once: machines that round differently would not ask for the same triples
-            teacher = Bundle.load(job.variation.teacher)
-            labels = pseudo_labels(teacher.scorer, graph, job.variation.pseudo)
-        graph = graph.with_pseudo(worker.gather(labels)[0])
+            try:
+                teacher = Bundle.load(job.variation.teacher)
+                labels = pseudo_labels(teacher.scorer, graph, job.variation.pseudo)
+            except UserError as error:
+                labels = error
+        labels = worker.gather(labels)[0]
+        if isinstance(labels, UserError):
+            raise labels
+        graph = graph.with_pseudo(labels)
     return graph, None if job.vectors is None else load_vectors(job.vectors)
 
 

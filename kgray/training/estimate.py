@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from kgray.evaluation.ranking import SCORE_BUDGET
+from kgray.graph.config import StoreConfig
 from kgray.graph.neighbours import NeighbourIndex
 from kgray.machine import resident_memory
 from kgray.model.config import GnnConfig, ModelConfig
@@ -52,7 +53,7 @@ class Sizes:
 
     @property
     def train(self) -> int:
-        return self.triples["train"]
+        return self.triples.get("train", 0)
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,14 @@ class Need:
 
 @dataclass(frozen=True)
 class Estimate:
-    """memory: of one worker at its peak. checkpoint, artifact: bytes on disk of one of each."""
+    """memory: of one worker at its peak. checkpoint, artifact: bytes on disk of one of each. shared: bytes that the
+    workers of a node have in common. closing: bytes of the one worker that writes the model, at the end."""
 
     memory: tuple[Need, ...]
     checkpoint: int
     artifact: int
+    shared: int = 0
+    closing: int = 0
 
     @property
     def total(self) -> int:
@@ -78,8 +82,15 @@ class Estimate:
         return sum(need.bytes for need in self.memory)
 
 
-def estimate(sizes: Sizes, model: TrainableConfig, train: TrainConfig, snapshots: int = 0) -> Estimate:
-    """What one worker needs to train this; snapshots: weights kept on the way."""
+def estimate(
+    sizes: Sizes,
+    model: TrainableConfig,
+    train: TrainConfig,
+    snapshots: int = 0,
+    store: StoreConfig | None = None,
+) -> Estimate:
+    """What one worker needs to train this. snapshots: weights kept on the way. store: how it reaches the graph; None:
+    it holds all of it itself, as models but the fused one do in any case."""
     tables, dense = parameters(sizes, model)
     sparse = isinstance(model, RelationsConfig) or (
         isinstance(model, ModelConfig) and model.objective.kind == "sampled_softmax"
@@ -90,21 +101,27 @@ def estimate(sizes: Sizes, model: TrainableConfig, train: TrainConfig, snapshots
     # were taken of is rows.
     optimiser = FLOAT * (2 * dense + tables) + FLOAT * (dense + (0 if sparse else tables))
     copies, knobs = weights * (1 + snapshots), _weight_knobs(model)
+    shared, closing = 0, 0
+    graph = Need("graph, filters, names", _graph(sizes))
+    if store is not None and isinstance(model, ModelConfig):
+        graph, shared, closing = _reached(sizes, store)
     needs = [
         Need("Python, torch, Ray", resident_memory()),
-        Need("graph, filters, names", _graph(sizes)),
+        graph,
         Need("text", _text(sizes, model), ("text.max_length",)),
         Need("weights", weights, knobs),
         Need("optimisers, gradients", optimiser, knobs),
         Need("best weights, snapshots", copies, (*knobs, "members.snapshots") if snapshots else knobs),
     ]
+    closing = closing and closing + sum(need.bytes for need in needs)
     if evaluation > step:
         needs.append(Need("validation", evaluation, _validation_knobs(model)))
     else:
         needs.append(Need("a step", step, _step_knobs(model)))
     checkpoint = weights + FLOAT * (2 * dense + tables) + copies
     states = _states(sizes, model)
-    return Estimate(tuple(need for need in needs if need.bytes), checkpoint, weights * (1 + snapshots) + states)
+    artifact = weights * (1 + snapshots) + states
+    return Estimate(tuple(need for need in needs if need.bytes), checkpoint, artifact, shared, closing)
 
 
 def parameters(sizes: Sizes, model: TrainableConfig) -> tuple[int, int]:
@@ -142,6 +159,22 @@ def _graph(sizes: Sizes) -> int:
     messages = 2 * 3 * 2 * train * INDEX + 5 * INDEX * sizes.entities
     filters = 2 * 3 * (2 * INDEX + 4) * every
     return triples + messages + filters + 3 * sizes.names
+
+
+_MAPPED = 100
+"""Bytes a triple of a mapped graph with its filters: 97 MiB were measured for a million (benchmarks/resident.py)."""
+
+
+def _reached(sizes: Sizes, store: StoreConfig) -> tuple[Need, int, int]:
+    """What a worker that does not hold the graph itself has of it, what its node maps for all of them, and the whole
+    graph, which whoever writes the model loads at the end: all facts are known to it."""
+    order = INDEX * sizes.train
+    known = 2 * 3 * (2 * INDEX + 4) * sizes.triples.get("valid", 0)
+    own = order + known + 5 * INDEX * sizes.entities
+    if store.store == "partitioned":
+        cache = store.cache_mib << 20
+        return Need("graph: order, cache", own + cache, ("graph.cache_mib",)), 4 * sizes.entities, _graph(sizes)
+    return Need("graph: order, scratch", own), _MAPPED * sizes.train + 4 * INDEX * sizes.entities, _graph(sizes)
 
 
 def _text(sizes: Sizes, model: TrainableConfig) -> int:

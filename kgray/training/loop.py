@@ -94,6 +94,8 @@ class Trainer:
         self.graph, self.config, self.worker = graph, train, worker
         self.task = make_task(graph, read, model, train, worker)
         self.model, self.batches = self.task.model, self.task.batches
+        if graph.store is not None:
+            self.batches.ahead = graph.store.ahead
         self.batches.shares = range(worker.rank, self.batches.world, worker.world)
         self.entity_inputs = self.task.entity_inputs()
         if train.adversarial and not self.entity_inputs:
@@ -142,8 +144,9 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.optimisers.load_state_dict(state["optimisers"])
         torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] and torch.cuda.is_available() and self.worker.rank == 0:
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        states, own = state["cuda_rng"], self.worker.device.index or 0
+        if self.worker.device.type == "cuda" and self.worker.rank == 0 and own < len(states):
+            torch.cuda.set_rng_state(states[own], self.worker.device)
         self.worker.say("resumed at epoch %d, step %d", self.position.epoch, self.position.step)
 
     def fit(self) -> Fit:

@@ -8,6 +8,8 @@ import re
 
 import torch
 
+from kgray.errors import OutOfMemoryError
+
 _CPU = re.compile(r"DefaultCPUAllocator: (can't allocate|not enough) memory.*", re.IGNORECASE)
 _MONITOR = re.compile(r"killed.*(?:running low on memory|memory monitor|out of memory)|OutOfMemoryError", re.I | re.S)
 _WRAPPED = ("cause", "_base_exc", "health_check_failure")
@@ -28,9 +30,13 @@ def out_of_memory(error: BaseException) -> str | None:
         if one is None or one in seen:
             continue
         seen.append(one)
-        if told := _reason(one):
+        if isinstance(one, OutOfMemoryError):
+            return None  # it says what to lower: halves would not help
+        inner = [found for name in _WRAPPED if isinstance(found := getattr(one, name, None), BaseException)]
+        # What wraps an error quotes it whole, and only says that there was one.
+        if not inner and (told := _reason(one)):
             return told
-        waiting += [one.__cause__, *(getattr(one, name, None) for name in _WRAPPED)]
+        waiting += [one.__cause__, *inner]
     return None
 
 

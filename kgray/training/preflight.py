@@ -90,6 +90,10 @@ def table(estimate: Estimate, workers: int, rooms: Sequence[Room], places: Seque
     lines = [f"{'needs, by estimate':<28}{'':>12}"]
     lines += [f"  {need.name:<26}{size(need.bytes):>12}" for need in estimate.memory]
     lines.append(f"  {'memory of a worker':<26}{size(estimate.total):>12}   {workers} of them")
+    if estimate.shared:
+        lines.append(f"  {'graph, once a node':<26}{size(estimate.shared):>12}")
+    if estimate.closing:
+        lines.append(f"  {'who writes the model':<26}{size(estimate.closing):>12}   at the end, with all facts")
     for room in rooms:
         lines.append(f"  {'free on ' + room.node:<26}{size(room.memory):>12}   {room.cpus:g} CPUs")
     for disk in places:
@@ -112,7 +116,8 @@ def problems(
     found = []
     need = estimate.total
     least = train.least_workers or train.workers
-    holds = sum(min(int(room.cpus // share), int(room.memory // need)) for room in rooms)
+    left = [max(0, room.memory - estimate.shared) for room in rooms]
+    holds = sum(min(int(room.cpus // share), int(free // need)) for room, free in zip(rooms, left, strict=True))
     if holds < least:
         largest = sorted((n for n in estimate.memory if n.knobs), key=lambda n: n.bytes, reverse=True)[:2]
         parts = ", ".join(f"{n.name} {size(n.bytes)}" for n in largest)
@@ -122,6 +127,11 @@ def problems(
         found.append(
             f"{least} worker{'s' * (least > 1)} of {size(need)} (above all {parts}) cannot be held by the free memory "
             f"({where}): lower {' or '.join(fewer | knobs)}"
+        )
+    elif max(left) < estimate.closing:
+        found.append(
+            f"the worker that writes the model loads all facts at the end and needs {size(estimate.closing)} then; no "
+            f"node has that free beside the graph ({', '.join(size(free) for free in left)}): a node with more memory"
         )
     for disk in places:
         if disk.free is not None and disk.free < disk.needs:

@@ -8,6 +8,7 @@ from typing import Any
 
 from kgray.artifact import Artifact, Draft, Recipe, Store
 from kgray.config import to_dict
+from kgray.graph.config import StoreConfig
 from kgray.text.config import TextConfig
 from kgray.text.embed import check_columns, place_of
 from kgray.text.tuning_config import TuningConfig
@@ -61,10 +62,11 @@ def pretrain(
     tuning: TuningConfig,
     train: TrainConfig,
     graph: Artifact,
+    reach: StoreConfig | None = None,
     *,
     on_metrics: OnMetrics | None = None,
 ) -> Mapping[str, Any]:
-    """Train on the connected Ray cluster and write the ``encoder`` artifact; returns its counts.
+    """Train on the connected Ray cluster and write the ``encoder`` artifact; returns its counts. reach: as there.
 
     Raises what :func:`kgray.training.distributed.train` does; EncoderError, and ConfigError for a template or a mode
     that does not fit.
@@ -72,4 +74,4 @@ def pretrain(
     check_columns(text, graph)
     how = pretrain_config(tuning, train)
     job = Job(draft, graph, None, tuning, how, {"train": to_dict(how)}, (text, place_of(store, text)))
-    return run_workers(store, pretrain_recipe(store, text, tuning, train, graph).version, job, on_metrics)
+    return run_workers(store, pretrain_recipe(store, text, tuning, train, graph).version, job, on_metrics, reach)

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from model_graphs import ENTITIES, ONE_VS_ALL, RELATIONS, SMALL, TRAIN, WIDTH, graph, vectors
 
 from kgray.errors import TrainingError
+from kgray.graph.config import StoreConfig
 from kgray.model.config import TextTowerConfig
 from kgray.model.paths_config import PathsConfig
 from kgray.model.relations_config import RelationsConfig
@@ -93,6 +94,30 @@ def test_what_does_not_fit_is_refused_with_numbers_and_keys(caplog: pytest.LogCa
     assert "train.preflight=force" in caplog.records[-1].getMessage()
     assert "unknown free at s3://" in caplog.text
     assert "weights" in table(NEEDS, 1, [roomy], [disk]) and size(1536 << 20) == "1.5 GiB" and size(2048) == "2 KiB"
+
+
+def test_a_graph_that_is_not_the_workers_own_is_counted_once_a_node() -> None:
+    """A hundred million triples: what every worker would hold, what a node maps for all, what owners hold elsewhere."""
+    sizes = Sizes(10_000_000, 100, {"train": 100_000_000, "valid": 1000})
+    model = replace(SMALL, text=TextTowerConfig(kind="none"))
+    alone = estimate(sizes, model, TRAIN)
+    mapped = estimate(sizes, model, TRAIN, store=StoreConfig())
+    apart = estimate(sizes, model, TRAIN, store=StoreConfig(store="partitioned", cache_mib=512))
+    assert mapped.total < alone.total - 15 * GIB and apart.total == mapped.total + (512 << 20)
+    assert mapped.shared > 9 * GIB and apart.shared < GIB and alone.shared == alone.closing == 0
+    assert apart.closing > 20 * GIB, "who writes the model still loads all facts"
+    paths = [estimate(sizes, PathsConfig(), TRAIN, store=store) for store in (None, StoreConfig(store="partitioned"))]
+    assert paths[0] == paths[1], "the whole graph, whatever the store"
+
+    train = replace(TRAIN, workers=8, cpus_per_worker=1.0)
+    room = Room("10.0.0.1", 8, mapped.shared + 8 * mapped.total + 1)
+    assert not problems(mapped, train, 1.0, [room], [])
+    assert problems(mapped, train, 1.0, [replace(room, memory=room.memory - mapped.shared)], [])
+    small = [Room(f"10.0.0.{n}", 2, apart.shared + 2 * apart.total + 1) for n in range(4)]
+    (told,) = problems(replace(apart, closing=small[0].memory + 1), train, 1.0, small, [])
+    assert "loads all facts at the end" in told and "a node with more memory" in told
+    told = table(mapped, 8, [room], [])
+    assert "graph, once a node" in told and "at the end, with all facts" in told
 
 
 @pytest.mark.parametrize(
