@@ -268,7 +268,7 @@ def _loop(config: dict[str, Any]) -> dict[str, Any]:
     try:
         worker = RayWorker(config["run"].rpartition("/")[2])
         with worker.watch.running():
-            graph, read = _together(worker, lambda: _inputs(job, worker))
+            graph, read = worker.together(lambda: _inputs(job, worker))
             done = _fit(job, graph, read, worker, config["run"])
             if graph.store is not None and (told := graph.store.told()):
                 worker.say("asked of the graph's owners: %s", told)
@@ -283,22 +283,6 @@ def _loop(config: dict[str, Any]) -> dict[str, Any]:
         # A wrong configuration fails the same way on every worker and every attempt: returned, it is not retried.
         return {"user_error": error}
     return {"counts": counts}
-
-
-def _together(worker: Worker, open_inputs: Callable[[], tuple[Graph, Any]]) -> tuple[Graph, Any]:
-    """What is opened, or on every worker the error of the first that could not: the others would wait for it, and what
-    the user did wrong would be told as their impatience."""
-    opened, trouble = None, None
-    try:
-        opened = open_inputs()
-    except GraphStoreError:
-        raise
-    except UserError as error:
-        trouble = error
-    first = next((error for error in worker.gather(trouble) if error is not None), None)
-    if first is not None or opened is None:
-        raise first or TrainingError("the inputs of a training could not be opened")
-    return opened
 
 
 def _fit(job: Job, graph: Graph, read: Any, worker: Worker, run: str) -> Fit:

@@ -94,8 +94,7 @@ class Trainer:
         self.graph, self.config, self.worker = graph, train, worker
         self.task = make_task(graph, read, model, train, worker)
         self.model, self.batches = self.task.model, self.task.batches
-        if graph.store is not None:
-            self.batches.ahead = graph.store.ahead
+        self.batches.ahead = self.batches.ahead if graph.store is None else graph.store.ahead
         self.batches.shares = range(worker.rank, self.batches.world, worker.world)
         self.entity_inputs = self.task.entity_inputs()
         if train.adversarial and not self.entity_inputs:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kgray.errors import GraphStoreError, UserError
 from kgray.phases import Phases, Spent, counted, phase
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Worker:
@@ -58,6 +61,21 @@ class Worker:
         with phase("waiting"):
             dist.all_gather_object(values, value)
         return values
+
+    def together(self, make: Callable[[], T]) -> T:
+        """What ``make`` gives, or on every rank the UserError of the first that had one: the others would wait for it,
+        and what the user did wrong would be told as their impatience. GraphStoreError is no one's mistake."""
+        made, trouble = None, None
+        try:
+            made = make()
+        except GraphStoreError:
+            raise
+        except UserError as error:
+            trouble = error
+        first = next((error for error in self.gather(trouble) if error is not None), None)
+        if first is not None:
+            raise first
+        return cast(T, made)
 
     def gather_rows(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         """The rows of all ranks, in rank order; (sum of counts, d) from (counts[rank], d).
